@@ -1,0 +1,90 @@
+"""The frozen records that pass between stages.
+
+Shapes: B samples, T H W frames and pixels, c t h w latents, S tokens, P values a patch, L text tokens, D text width.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from framework.shapes import ClipShape, LatentShape
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip of one draw, on its way from a shard.
+
+    draw: unique within a run's step (uid and epoch): what noise and timestep are keyed by. latents: `c t h w` float32,
+    normalised. weight: 1, or 0 for an empty slot.
+    """
+
+    uid: str
+    draw: str
+    latents: Tensor
+    caption: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the model is told beside the noised latents.
+
+    text: `B L D`. text_mask: `B L` bool, True = attend; None attends to all. image: `B N Di` image tokens, or None.
+    """
+
+    text: Tensor
+    text_mask: Tensor | None = None
+    image: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank. latents: `B c t h w` float32. weights: `B`, 0 for empty slots. draws and uids: B strings."""
+
+    latents: Tensor
+    weights: Tensor
+    condition: Condition
+    uids: tuple[str, ...]
+    draws: tuple[str, ...]
+    clip: ClipShape
+    latent: LatentShape
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch after noising: latents x_t, target and timesteps (`B t`, 0..1000), all still as `B c t h w` grids."""
+
+    latents: Tensor
+    target: Tensor
+    timesteps: Tensor
+    sigmas: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How the token axis lies on the ranks: the number of real tokens of every rank of cp (padding excluded)."""
+
+    valid: tuple[int, ...]
+    index: int
+
+    @property
+    def num_valid(self) -> int:
+        return self.valid[self.index]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the transformer eats: one rank's part of the tokens of a micro-batch.
+
+    patches: `B S P`. target: `B S Q` in the order of the model's output, None when sampling. positions: `B S 3` int64 (latent
+    frame, row, column). frame_index: `B S` int64 into the frames of timesteps. timesteps: `B t`. weights: `B`.
+    """
+
+    patches: Tensor
+    target: Tensor | None
+    positions: Tensor
+    frame_index: Tensor
+    timesteps: Tensor
+    weights: Tensor
+    layout: TokenLayout
