@@ -39,25 +39,30 @@ class Condition:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank. latents: `B c t h w` float32. weights: `B`, 0 for empty slots. draws and uids: B strings."""
+    """One micro-batch of one rank.
+
+    latents: `B c t h w` float32. weights: `B`, 0 for empty slots. draws and uids: B strings. positions: each sample's place among
+    the step's samples over all ranks, -1 for empty slots.
+    """
 
     latents: Tensor
     weights: Tensor
     condition: Condition
     uids: tuple[str, ...]
     draws: tuple[str, ...]
+    positions: tuple[int, ...]
     clip: ClipShape
     latent: LatentShape
 
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch after noising: latents x_t, target and timesteps (`B t`, 0..1000), all still as `B c t h w` grids."""
+    """A batch after noising: latents x_sigma and target `B c t h w`, timesteps `B t` (0..1000, one a frame of patches), weights
+    `B`."""
 
     latents: Tensor
     target: Tensor
     timesteps: Tensor
-    sigmas: Tensor
     weights: Tensor
 
 

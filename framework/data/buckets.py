@@ -1,0 +1,68 @@
+"""Buckets as views: which samples of which stream can take a bucket's shape.
+
+A video fits when it has frames enough (at the bucket's rate) and is at least as high and wide: nothing is upscaled. A latent
+fits when it was encoded at exactly the bucket's shape. A sample may fit several buckets; a bucket without any is refused.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from framework.data.config import BucketConfig, StreamConfig
+from framework.data.decode import num_source_frames
+from framework.data.order import View
+from framework.data.shards import LATENT_SCHEMA, SampleInfo, ShardDirectory, open_shards
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An opened stream."""
+
+    config: StreamConfig
+    shards: ShardDirectory
+
+
+def open_streams(configs: list[StreamConfig], *, tokenizer_version: str) -> list[Stream]:
+    """Open every stream. Raises ValueError naming the directory or file, also when latents are another tokenizer's."""
+    streams = [Stream(config, open_shards(config.path)) for config in configs]
+    for stream in streams:
+        version = stream.shards.tokenizer_version
+        if stream.shards.schema == LATENT_SCHEMA and version != tokenizer_version:
+            raise ValueError(
+                f"{stream.config.path} holds latents of the tokenizer {version}, the recipe's is {tokenizer_version}: encode it again "
+                f"with `cuboid encode`, or choose the recipe's tokenizer to match"
+            )
+    return streams
+
+
+def fits(info: SampleInfo, bucket: BucketConfig, *, latent: bool) -> bool:
+    """Whether a sample can take the bucket's shape."""
+    if latent:
+        same_rate = bucket.fps is None or abs(info.fps - bucket.fps) < 1e-3
+        return (info.frames, info.height, info.width) == (bucket.frames, bucket.height, bucket.width) and same_rate
+    enough = info.frames >= num_source_frames(bucket.frames, info.fps, bucket.fps)
+    return enough and info.height >= bucket.height and info.width >= bucket.width
+
+
+def bucket_views(streams: list[Stream], buckets: list[BucketConfig]) -> list[list[View]]:
+    """views[bucket][stream]. Raises ValueError for a bucket that no sample fits, with the reasons counted."""
+    views = [[view_of(stream, index, bucket) for index, stream in enumerate(streams)] for bucket in buckets]
+    for bucket, row in zip(buckets, views, strict=True):
+        if not any(view.num_samples for view in row):
+            infos = [info for stream in streams for info in stream.shards.infos]
+            shapes = sorted({(info.frames, info.height, info.width) for info in infos}, reverse=True)[:3]
+            largest = ", ".join("x".join(map(str, shape)) for shape in shapes)
+            raise ValueError(
+                f"no sample fits the bucket {bucket.clip}: the {len(infos)} samples of the streams are {largest}"
+                f"{', ...' if len(infos) > len(shapes) else ''} (frames x height x width); latents need exactly the bucket's shape"
+            )
+    return views
+
+
+def view_of(stream: Stream, index: int, bucket: BucketConfig) -> View:
+    """The bucket's view of one stream. Its name keys the order, so it holds neither path nor mesh."""
+    latent = stream.shards.schema == LATENT_SCHEMA
+    kept = np.array([fits(info, bucket, latent=latent) for info in stream.shards.infos], dtype=bool)
+    edges = np.cumsum([0, *stream.shards.shard_sizes])
+    by_shard = tuple(np.flatnonzero(kept[a:b]) + a for a, b in zip(edges[:-1], edges[1:], strict=True))
+    return View(f"{index}/{bucket.clip}@{bucket.fps}", by_shard)

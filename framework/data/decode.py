@@ -1,0 +1,200 @@
+"""Video bytes -> exactly the frames that a bucket asks for, at its size, by PyAV.
+
+Time. Frame k of a clip is the source's frame  start + floor(k * stride + 1/2),  stride = native fps / target fps: the
+nearest one. Frames are counted in the order they are shown. A clip that starts late is decoded from the keyframe before
+it, and equals bit for bit the one decoded from the beginning.
+
+Space. The largest centred rectangle of the clip's aspect ratio is resized to the clip (cover and centre crop in one
+step) by Pillow's antialiased bicubic filter, in fixed-point arithmetic and so with the same result on every CPU. On the
+test clip, 1280x720 to 455x256, it is 58 dB from torch's antialiased bicubic in float64; swscale's AREA in one pass with
+the colours is 43 dB from it. The price is 10 ms a frame of 720p. Colours are converted by swscale at full size, with
+the matrix that the stream names, BT.601 if none. Rotation (phones) and pixels that aren't square are honoured.
+
+Shapes: `T H W C` uint8: frames, rows, columns, RGB.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from io import BytesIO
+from math import floor
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from framework.shapes import ClipShape
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a stream truly holds. frames: as decoded. height, width: pixels after rotation. fps: frames a second."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+def frame_stride(native_fps: float, fps: float | None) -> float:
+    """Source frames for each frame of a clip at `fps`; None keeps the native rate."""
+    return 1.0 if fps is None else native_fps / fps
+
+
+def source_offsets(frames: int, stride: float) -> list[int]:
+    """Which source frames make a clip, counted from its first one: the nearest to k * stride, halves upwards."""
+    return [floor(k * stride + 0.5) for k in range(frames)]
+
+
+def num_source_frames(frames: int, native_fps: float, fps: float | None) -> int:
+    """How many source frames a clip of `frames` at `fps` spans."""
+    return source_offsets(frames, frame_stride(native_fps, fps))[-1] + 1
+
+
+def probe(video: bytes | Path, *, name: str = "") -> VideoInfo:
+    """Decode a whole video to see what is really in it; the container's own numbers are not believed.
+
+    Raises ValueError naming the video when it's broken: no video stream, unreadable, damaged frames, no frame rate.
+    """
+    name = name or (str(video) if isinstance(video, Path) else "video")
+    data = video.read_bytes() if isinstance(video, Path) else video
+    frames, height, width, rate = 0, 0, 0, Fraction(0)
+    with _open(data, name) as container:
+        stream = _video_stream(container, name, threads=0)
+        rate = stream.average_rate or stream.guessed_rate or Fraction(0)
+        for frame in _decode(container, stream, name):
+            if frames == 0:
+                height, width = _shown_size(frame)
+            elif (height, width) != _shown_size(frame):
+                raise ValueError(f"{name} is broken: frame {frames} has another size than {height}x{width}")
+            frames += 1
+    if not frames:
+        raise ValueError(f"{name} is broken: no frame in its video stream")
+    if rate <= 0:
+        raise ValueError(f"{name} is broken: its video stream has no frame rate")
+    return VideoInfo(frames, height, width, float(rate))
+
+
+def decode_clip(video: bytes, *, start: int, clip: ClipShape, stride: float = 1.0, name: str = "video") -> np.ndarray:
+    """Frames `start + source_offsets(clip.frames, stride)` of a video, resized to cover and centre-cropped.
+
+    stride: source frames for each frame of the clip (see `frame_stride`). name: what errors call the video. Returns
+    `T H W C` uint8.
+    Raises ValueError naming the video when it's broken or ends before the last of the frames.
+    """
+    if start < 0:
+        raise ValueError(f"{name}: the first frame of a clip can't be {start}")
+    wanted = [start + offset for offset in source_offsets(clip.frames, stride)]
+    found = _decode_frames(video, wanted, clip, name, keyframe=_keyframe_before(video, start, name))
+    if len(found) < len(set(wanted)):
+        raise ValueError(
+            f"{name} has no frame {min(set(wanted) - found.keys())}: frames {start} to {wanted[-1]} were asked for"
+        )
+    return np.stack([found[index] for index in wanted])
+
+
+@dataclass(frozen=True)
+class _Keyframe:
+    """Where to start decoding. pts: its presentation time. positions: presentation time -> frame number."""
+
+    pts: int
+    positions: dict[int, int]
+
+
+def _decode_frames(
+    video: bytes, wanted: list[int], clip: ClipShape, name: str, *, keyframe: _Keyframe | None
+) -> dict[int, np.ndarray]:
+    """The wanted frames that there are, number -> `H W C`, decoding from a keyframe or from the beginning."""
+    found: dict[int, np.ndarray] = {}
+    with _open(video, name) as container:
+        stream = _video_stream(container, name, threads=1)
+        if keyframe is not None:
+            container.seek(keyframe.pts, stream=stream, backward=True)
+        for count, frame in enumerate(_decode(container, stream, name)):
+            index = count if keyframe is None else keyframe.positions.get(-1 if frame.pts is None else frame.pts, -1)
+            if index in wanted and index not in found:
+                found[index] = _resize(frame, clip, float(stream.sample_aspect_ratio or 1))
+            if len(found) == len(set(wanted)):
+                break
+    if keyframe is not None and len(found) < len(set(wanted)):  # a demuxer that didn't seek where it was told to
+        return _decode_frames(video, wanted, clip, name, keyframe=None)
+    return found
+
+
+def _keyframe_before(video: bytes, start: int, name: str) -> _Keyframe | None:
+    """The last keyframe at or before a frame, from the packets alone; None where decoding must begin at the beginning.
+
+    It must when the keyframe is the first, and when packets can't be told apart by their time (some containers have
+    none, and pictures that lead the first keyframe are packets which give no frame).
+    """
+    if start == 0:
+        return None
+    with _open(video, name) as container:
+        stream = _video_stream(container, name, threads=1)
+        try:
+            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+        except av.FFmpegError as error:
+            raise ValueError(f"{name} is broken: {error}") from error
+    times = sorted({pts for pts, _ in packets if pts is not None})
+    if len(times) < len(packets) or start >= len(times) or not packets[0][1] or packets[0][0] != times[0]:
+        return None
+    before = max(pts for pts, is_key in packets if is_key and pts is not None and pts <= times[start])
+    return None if before == times[0] else _Keyframe(before, {pts: number for number, pts in enumerate(times)})
+
+
+def _open(video: bytes, name: str) -> av.container.InputContainer:
+    try:
+        return av.open(BytesIO(video), "r")
+    except av.FFmpegError as error:
+        raise ValueError(f"{name} is broken: {error}") from error
+
+
+def _video_stream(container: av.container.InputContainer, name: str, *, threads: int) -> av.VideoStream:
+    """The main video stream (not a cover picture). threads: of the decoder; 0 is one for each core."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, av.VideoStream):
+        raise ValueError(f"{name} is broken: it has no video stream")
+    stream.codec_context.thread_type = "AUTO"
+    stream.codec_context.thread_count = threads
+    return stream
+
+
+def _decode(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> Iterator[av.VideoFrame]:
+    """Frames in the order they are shown. Raises ValueError at the first damaged one, which FFmpeg would paint over."""
+    try:
+        for number, frame in enumerate(container.decode(stream)):
+            if frame.is_corrupt:
+                raise ValueError(f"{name} is broken: decoded frame {number} is damaged")
+            yield frame
+    except av.FFmpegError as error:
+        raise ValueError(f"{name} is broken: {error}") from error
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Turns of 90 degrees, counterclockwise, that bring a frame upright."""
+    return round(frame.rotation / 90) % 4
+
+
+def _shown_size(frame: av.VideoFrame) -> tuple[int, int]:
+    """Height and width after rotation."""
+    return (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
+
+
+def _resize(frame: av.VideoFrame, clip: ClipShape, pixel: float) -> np.ndarray:
+    """One frame as `H W C` uint8 of the clip's size: the largest centred rectangle of its aspect ratio, resized.
+
+    pixel: width over height of a stored pixel.
+    """
+    turns = _quarter_turns(frame)
+    picture = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+    height, width = picture.shape[:2]
+    pixel = 1 / pixel if turns % 2 else pixel
+    box_height = min(height, width * pixel * clip.height / clip.width)
+    box_width = min(width, height / pixel * clip.width / clip.height)
+    if (box_height, box_width) == (clip.height, clip.width) == (height, width):
+        return np.ascontiguousarray(picture)
+    left, top = (width - box_width) / 2, (height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    return np.asarray(image.resize((clip.width, clip.height), Image.Resampling.BICUBIC, box=box))

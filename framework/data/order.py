@@ -1,0 +1,132 @@
+"""The order of samples: a keyed permutation in two levels, computed by index.
+
+Shards are permuted, then the samples of a window of consecutive permuted shards are permuted among themselves, so that reading
+stays near a few shards while neighbours in the order come from many. Nothing is shuffled in memory: each level is a bijection
+of integers that is evaluated at one index, so any position of any epoch is found at once and no state is saved.
+
+The bijection is a four-round Feistel network over the next even power of two, walked along its cycle until it lands inside
+(cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). The round function is SplitMix64's
+finaliser (Steele et al., OOPSLA 2014).
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from framework.keys import key
+
+MASK64 = (1 << 64) - 1
+ROUNDS = 4
+
+
+def mix64(value: int) -> int:
+    """SplitMix64's finaliser: 64 bits to 64 well-mixed bits."""
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK64
+    return value ^ (value >> 31)
+
+
+def permute(index: int, size: int, key_: int) -> int:
+    """Where `index` goes under the key's permutation of range(size)."""
+    assert 0 <= index < size
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for round_ in range(ROUNDS):
+            left, right = right, left ^ (mix64(right + key_ + round_ * 0x9E3779B97F4A7C15 & MASK64) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+@dataclass(frozen=True)
+class View:
+    """The samples of one stream that a bucket uses, by shard. name: keys the order. by_shard: global sample indices."""
+
+    name: str
+    by_shard: tuple[np.ndarray, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(indices) for indices in self.by_shard)
+
+
+@dataclass(frozen=True)
+class Order:
+    """draw number -> (epoch, sample index), for a view."""
+
+    view: View
+    seed: int
+    window: int
+    shards: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        filled = tuple(i for i, indices in enumerate(self.view.by_shard) if len(indices))
+        object.__setattr__(self, "shards", filled)
+
+    def at(self, draw: int) -> tuple[int, int]:
+        """Epoch and global sample index of the draw."""
+        epoch, position = divmod(draw, self.view.num_samples)
+        shards, starts = epoch_layout(self, epoch)
+        window = int(np.searchsorted(starts, position, side="right")) - 1
+        members = shards[window * self.window : (window + 1) * self.window]
+        size = sum(len(self.view.by_shard[shard]) for shard in members)
+        inside = permute(position - int(starts[window]), size, key(self.seed, "window", uid=f"{self.view.name}/{window}", step=epoch))
+        for shard in members:
+            indices = self.view.by_shard[shard]
+            if inside < len(indices):
+                return epoch, int(indices[inside])
+            inside -= len(indices)
+        raise AssertionError("a position lies in one of its window's shards")
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+@lru_cache(maxsize=64)
+def epoch_layout(order: Order, epoch: int) -> tuple[list[int], np.ndarray]:
+    """An epoch's permuted shards, and the first position of each window of them."""
+    shards, key_ = order.shards, key(order.seed, "shards", uid=order.view.name, step=epoch)
+    permuted = [shards[permute(i, len(shards), key_)] for i in range(len(shards))]
+    sizes = [len(order.view.by_shard[shard]) for shard in permuted]
+    ends = np.cumsum([0, *sizes])
+    return permuted, ends[:-1][:: order.window]
+
+
+class Mixture:
+    """Which component every slot of an infinite sequence belongs to, by a low-discrepancy sequence.
+
+    Slot n lies at frac(offset + n * golden ratio) in 64-bit integers (Weyl's sequence): any run of n slots holds each component
+    within O(log n) of its share, and n is random access.
+    """
+
+    GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+    BLOCK = 1 << 16
+
+    def __init__(self, weights: list[float], key_: int) -> None:
+        shares = np.cumsum(np.asarray(weights, dtype=np.float64) / sum(weights))
+        self._bounds = (shares[:-1] * 2.0**64).astype(np.uint64)
+        self._offset = np.uint64(key_)
+        self._size = len(weights)
+        self._blocks = [np.zeros(self._size, dtype=np.int64)]
+
+    def components(self, start: int, stop: int) -> np.ndarray:
+        """The components of the slots [start, stop)."""
+        slots = np.arange(start, stop, dtype=np.uint64)
+        return np.searchsorted(self._bounds, slots * self.GOLDEN + self._offset, side="right")
+
+    def before(self, slot: int) -> np.ndarray:
+        """How many slots of each component lie before `slot`."""
+        while len(self._blocks) * self.BLOCK <= slot:
+            first = (len(self._blocks) - 1) * self.BLOCK
+            self._blocks.append(self._blocks[-1] + self._counts(first, first + self.BLOCK))
+        block = slot // self.BLOCK
+        return self._blocks[block] + self._counts(block * self.BLOCK, slot)
+
+    def _counts(self, start: int, stop: int) -> np.ndarray:
+        return np.bincount(self.components(start, stop), minlength=self._size)

@@ -1,0 +1,94 @@
+"""The objective's distribution of timesteps, and the sampler."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LogitNormalConfig:
+    """sigma = sigmoid(N(mean, std^2)), before the shift (SD3, arXiv 2403.03206, equation 19)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+
+@dataclass(frozen=True)
+class TimestepsConfig:
+    """Distribution of the noise level sigma in (0, 1). stratified: the samples of a step share out (0, 1) among them."""
+
+    name: Literal["uniform", "logit_normal"] = "uniform"
+    logit_normal: LogitNormalConfig | None = None
+    stratified: bool = False
+
+
+@dataclass(frozen=True)
+class FixedShiftConfig:
+    """The same shift for every token count. Wan 2.1 trains and samples with 3 at 480p and 5 at 720p."""
+
+    value: float = 1.0
+
+
+@dataclass(frozen=True)
+class TokensShiftConfig:
+    """shift = value * sqrt(tokens / base_tokens) (SD3, arXiv 2403.03206, equation 23)."""
+
+    value: float = 1.0
+    base_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class ShiftConfig:
+    """How noise levels move up with resolution and duration: s' = k s / (1 + (k - 1) s)."""
+
+    name: Literal["fixed", "tokens"] = "fixed"
+    fixed: FixedShiftConfig | None = None
+    tokens: TokensShiftConfig | None = None
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """range: the noise levels that are trained, applied after the shift: one expert of two (Wan 2.2: [0.875, 1] and
+    [0, 0.875])."""
+
+    timesteps: TimestepsConfig = field(default_factory=TimestepsConfig)
+    shift: ShiftConfig = field(default_factory=ShiftConfig)
+    range: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.range[0] < self.range[1] <= 1:
+            raise ValueError(f"flow.range={list(self.range)} must be [lo, hi] with 0 <= lo < hi <= 1")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """weight: per_sample gives every clip the same weight whatever its length; per_token gives it to every token."""
+
+    weight: Literal["per_sample", "per_token"] = "per_sample"
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Euler steps; guidance 1 needs no unconditional pass; shift None takes the training shift. fps of the file written: None takes
+    the first bucket's, else 24."""
+
+    steps: int = 30
+    guidance: float = 1.0
+    shift: float | None = None
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"sampler.steps={self.steps} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Videos sampled while training, from the live weights, in the shape of the first bucket. every: steps, 0 = never."""
+
+    every: int = 0
+    prompts: list[str] = field(default_factory=list)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every > 0 and not self.prompts:
+            raise ValueError(f"samples.every={self.every} but samples.prompts is empty: give it prompts, or set samples.every=0")

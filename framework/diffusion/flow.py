@@ -1,0 +1,96 @@
+"""Flow matching, in Wan's convention (arXiv 2503.20314, section 4.2; rectified flow, arXiv 2209.03003).
+
+    x_sigma = (1 - sigma) x_0 + sigma eps,   eps ~ N(0, 1),   sigma in [0, 1]
+    target  v = d x_sigma / d sigma = eps - x_0
+    loss    = mean |model(x_sigma, 1000 sigma, condition) - v|^2
+
+The model is told t = 1000 sigma. The loss of a step is  sum_i w_i sum_elements |.|^2 / count,  with
+
+    per_sample    w_i = 1 / elements of clip i      count = clips of the step
+    per_token     w_i = 1                           count = elements of the step
+
+Noise and noise level of a clip are keyed by its draw and the step, so they are the same on every mesh.
+
+Shapes: `B c t h w` latents, `B S Q` predictions on patches.
+"""
+
+import torch
+from torch import Tensor
+
+from framework.batch import Batch, Noised, Tokens
+from framework.diffusion.config import FlowConfig, LossConfig
+from framework.diffusion.timesteps import noise_level, num_tokens, shift_value
+from framework.keys import key, uniform
+from framework.shapes import LatentShape
+
+NUM_TRAIN_TIMESTEPS = 1000.0
+
+
+def keyed_noise(key_: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, float32, drawn on the CPU so that every device gets the same."""
+    generator = torch.Generator().manual_seed(key_)
+    return torch.randn(shape, generator=generator)
+
+
+class Flow:
+    """The objective of a run."""
+
+    def __init__(
+        self, config: FlowConfig, loss: LossConfig, *, seed: int, patch_size: tuple[int, int, int], global_batch: int
+    ) -> None:
+        self._config, self._loss, self._seed = config, loss, seed
+        self._patch_size, self._global_batch = patch_size, global_batch
+
+    def noise(self, batch: Batch, *, step: int) -> Noised:
+        """Noise a training batch."""
+        shape = tuple(batch.latents.shape[1:])
+        noises = torch.stack([keyed_noise(key(self._seed, "noise", uid=d, step=step), shape) for d in batch.draws])
+        sigmas = [self._sigma(draw, place, batch.latent, step) for draw, place in zip(batch.draws, batch.positions, strict=True)]
+        return self.mix(batch, noises, sigmas)
+
+    def mix(self, batch: Batch, noises: Tensor, sigmas: list[float]) -> Noised:
+        """x_sigma and its target for given noise `B c t h w` and noise levels, one a sample."""
+        device = batch.latents.device
+        eps = noises.to(device, non_blocking=True)
+        sigma = torch.tensor(sigmas, dtype=torch.float32).to(device, non_blocking=True)
+        sigma_b1111 = sigma.view(-1, 1, 1, 1, 1)
+        frames = batch.latent.frames // self._patch_size[0]
+        return Noised(
+            latents=(1 - sigma_b1111) * batch.latents + sigma_b1111 * eps,
+            target=eps - batch.latents,
+            timesteps=(sigma * NUM_TRAIN_TIMESTEPS).unsqueeze(1).expand(-1, frames),
+            weights=batch.weights,
+        )
+
+    def loss_sum(self, prediction_bsq: Tensor, tokens: Tokens) -> Tensor:
+        """The local sum of the weighted squared errors; divided by `global_count` it is this rank's part of the loss."""
+        return self.losses(prediction_bsq, tokens).sum()
+
+    def losses(self, prediction_bsq: Tensor, tokens: Tokens) -> Tensor:
+        """Each sample's weighted squared error, `B`, summed over this rank's valid tokens."""
+        assert tokens.target is not None
+        dtype = torch.promote_types(prediction_bsq.dtype, torch.float32)
+        valid = tokens.layout.num_valid
+        error = prediction_bsq[:, :valid].to(dtype) - tokens.target[:, :valid].to(dtype)
+        sums = error.square().sum(dim=(1, 2)) * tokens.weights
+        if self._loss.weight == "per_token":
+            return sums
+        return sums / (sum(tokens.layout.valid) * prediction_bsq.shape[2])
+
+    def global_count(self, counts: tuple[int, ...], latents: list[LatentShape], channels: int) -> float:
+        """What the step's sum is divided by. counts: samples a bucket over all ranks; latents: the buckets' shapes."""
+        if self._loss.weight == "per_sample":
+            return float(sum(counts))
+        elements = (latent.frames * latent.height * latent.width * channels for latent in latents)
+        return float(sum(count * n for count, n in zip(counts, elements, strict=True)))
+
+    def sigma_at(self, u: float, latent: LatentShape) -> float:
+        """The noise level at quantile u for clips of this shape."""
+        k = shift_value(self._config.shift, num_tokens(latent, self._patch_size))
+        return noise_level(self._config, u, k)
+
+    def _sigma(self, draw: str, position: int, latent: LatentShape, step: int) -> float:
+        u = uniform(key(self._seed, "timestep", uid=draw, step=step))
+        if self._config.timesteps.stratified and position >= 0:
+            u = (position + u) / self._global_batch
+        return self.sigma_at(u, latent)

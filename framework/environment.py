@@ -1,0 +1,78 @@
+"""The only reader of os.environ: what a launcher tells a rank, and what signals ask of it.
+
+The contract is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT); our own launcher adds
+CUBOID_FAILURES, a directory into which a failing rank writes one message, so that it is shown once and not once a rank.
+"""
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One rank's place."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    failures: Path | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def read_environment() -> Environment | None:
+    """This rank's place, or None where no launcher has set one. Raises ValueError when only a part of it is set."""
+    missing = [name for name in REQUIRED if name not in os.environ]
+    if "RANK" in missing and "WORLD_SIZE" in missing:
+        return None
+    if missing:
+        raise ValueError(f"the environment sets a rank but not {', '.join(missing)}: set all of {', '.join(REQUIRED)} or none")
+    failures = os.environ.get("CUBOID_FAILURES")
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Environment(rank, world_size, local_rank, Path(failures) if failures else None)
+
+
+def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> dict[str, str]:
+    """The environment of a local rank. Threads: the machine's cores are shared out, unless OMP_NUM_THREADS is set."""
+    threads = str(max(1, (os.cpu_count() or 1) // world_size))
+    return {
+        "OMP_NUM_THREADS": threads,
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "CUBOID_FAILURES": str(failures),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def visible_gpus() -> int:
+    """GPUs of this machine that a process would see, counted without importing torch."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return len([name for name in listed.split(",") if name.strip() not in ("", "-1")])
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT; the loop finishes its step, saves and ends."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number

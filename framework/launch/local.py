@@ -1,0 +1,122 @@
+"""Ranks on this machine: start them, pass signals on, end them all when one fails, say why once.
+
+Every rank is a process of its own that runs the same command with a place in its environment; rank 0 keeps the terminal. A rank that
+fails writes its message into a directory; the earliest message is the one that is shown.
+"""
+
+import ctypes
+import json
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from framework.environment import rank_variables
+from framework.log import error
+
+GRACE_SECONDS = 10.0
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank's message. status: the exit status it asks for."""
+
+    rank: int
+    message: str
+    status: int
+    time: float
+
+
+def write_failure(folder: Path, rank: int, message: str, status: int) -> None:
+    """Called by a failing rank."""
+    fields = {"rank": rank, "message": message, "status": status, "time": time.time()}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(fields))
+
+
+def first_failure(folder: Path) -> Failure | None:
+    """The earliest message of any rank."""
+    failures = [Failure(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
+    return min(failures, key=lambda failure: failure.time, default=None)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its launcher dies (Linux only; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_local(arguments: list[str], *, world_size: int) -> int:
+    """Run `cuboid ARGUMENTS` on `world_size` local ranks and wait. Returns the exit status."""
+    with tempfile.TemporaryDirectory(prefix="cuboid-") as name:
+        folder, port = Path(name), free_port()
+        ranks: list[subprocess.Popen[bytes]] = []
+        received: list[int] = []
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            received.append(number)
+            for process in ranks:
+                process.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+
+        previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for rank in range(world_size):
+                output = None if rank == 0 else (folder / f"rank-{rank}.log").open("wb")
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "framework.cli", *arguments],
+                        env=rank_variables(rank=rank, world_size=world_size, port=port, failures=folder),
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,
+                        preexec_fn=die_with_parent,
+                    )
+                )
+            status = wait(ranks)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return explain(folder, ranks, status, received)
+
+
+def wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; after the first that fails the others have a grace period to end by themselves."""
+    deadline: float | None = None
+    while any(process.poll() is None for process in ranks):
+        failed = [process.returncode for process in ranks if process.returncode]
+        if failed and deadline is None:
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            return int(failed[0])
+        time.sleep(0.05)
+    return int(next((process.returncode for process in ranks if process.returncode), 0))
+
+
+def explain(folder: Path, ranks: list[subprocess.Popen[bytes]], status: int, received: list[int]) -> int:
+    """Print the first failure's message, if there is one, and choose the exit status."""
+    failure = first_failure(folder)
+    if failure is not None:
+        error(failure.message)
+        return failure.status
+    if received:
+        return 128 + received[0]
+    if status < 0:
+        number = next(rank for rank, process in enumerate(ranks) if process.returncode == status)
+        error(f"rank {number} was killed by {signal.Signals(-status).name}; the run can be resumed by the same command")
+        return 1
+    return status

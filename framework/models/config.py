@@ -1,0 +1,105 @@
+"""The size and the variants of the transformer: the configuration of diffusers' `WanTransformer3DModel`.
+
+Names, meanings and defaults are diffusers', so that its `config.json` is read as it is. The defaults are Wan 2.1's
+14B text-to-video model. Source: diffusers 0.39, `models/transformers/transformer_wan.py`; Wan (arXiv 2503.20314).
+
+The model's width is D = num_attention_heads * attention_head_dim.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One transformer.
+
+    patch_size: latent frames, rows and columns that make one token.
+    in_channels, out_channels: of the latent. Image-to-video has more in than out: the condition is concatenated.
+    text_dim: width of the caption encoder. freq_dim: number of sinusoids of the timestep.
+    cross_attn_norm: an affine LayerNorm before the cross-attention (all published Wan models).
+    qk_norm: only `rms_norm_across_heads`, the one that exists; diffusers ignores the value and always does this.
+    image_dim: width of the image encoder whose tokens are attended to besides the text (Wan 2.1 image-to-video).
+    added_kv_proj_dim: input width of the projections of the image tokens; these arrive at width D, so it is D.
+    pos_embed_seq_len: number of image tokens, if these get a learned position (first and last frame: 2 * 257).
+    rope_max_seq_len: length of diffusers' table of rotary angles, per axis, in tokens. Here the angles are computed
+        from the positions and a longer axis simply works. The number is kept as part of the interchange format:
+        weights trained on a longer axis need a larger one before diffusers can run them at that length.
+    """
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))  # YAML and JSON have lists only
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ValueError(
+                f"patch_size must be three positive integers (frames, rows, columns), got {self.patch_size}"
+            )
+        self._check_positive()
+        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
+            raise ValueError(
+                "rotary positions turn pairs of channels along three axes: attention_head_dim % 2 == 0 and "
+                f"attention_head_dim >= 6, got {self.attention_head_dim}: use a multiple of 2, at best of 6"
+            )
+        if self.freq_dim % 2:
+            raise ValueError(f"the timestep has a cosine for every sine: freq_dim % 2 == 0, got {self.freq_dim}")
+        if self.qk_norm != "rms_norm_across_heads":
+            raise ValueError(f"qk_norm={self.qk_norm!r} does not exist: the only one is 'rms_norm_across_heads'")
+        self._check_image()
+
+    def _check_positive(self) -> None:
+        for name in ("num_attention_heads", "in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} >= 1, got {getattr(self, name)}")
+        for name in ("num_layers", "rope_max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} >= 1, got {getattr(self, name)}")
+        if not self.eps > 0:
+            raise ValueError(f"eps > 0, got {self.eps}")
+
+    def _check_image(self) -> None:
+        if self.image_dim is None:
+            for name in ("added_kv_proj_dim", "pos_embed_seq_len"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)} is for image tokens: set image_dim, or drop it")
+            return
+        if self.added_kv_proj_dim != self.width:
+            raise ValueError(
+                "image tokens arrive at the model's width: added_kv_proj_dim == num_attention_heads * "
+                f"attention_head_dim, got {self.added_kv_proj_dim} and {self.num_attention_heads} * "
+                f"{self.attention_head_dim} = {self.width}: set added_kv_proj_dim={self.width}"
+            )
+        if self.image_dim < 1 or (self.pos_embed_seq_len is not None and self.pos_embed_seq_len < 1):
+            raise ValueError(
+                f"image_dim >= 1 and pos_embed_seq_len >= 1, got {self.image_dim} and {self.pos_embed_seq_len}"
+            )
+
+    @property
+    def width(self) -> int:
+        """D: the channels of a token inside the model."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def in_patch_dim(self) -> int:
+        """P: the numbers of a token's input patch."""
+        return self.in_channels * math.prod(self.patch_size)
+
+    @property
+    def out_patch_dim(self) -> int:
+        """P_out: the numbers of a token's predicted patch."""
+        return self.out_channels * math.prod(self.patch_size)

@@ -1,0 +1,199 @@
+"""The parts of a block: norms, linears, feed-forward, self- and cross-attention.
+
+Arithmetic follows one rule: what a norm, a modulation or the time embedding computes is in the *compute dtype*,
+`promote_types(dtype, float32)`: float32 in a bf16 or float32 model, float64 in a float64 model. All else runs in the
+model's own dtype. Norms return the compute dtype, and whoever uses the result rounds it once.
+
+Every parameter is used in the forward of the module that holds it, as ZeRO-3 gathers parameters module by module.
+Parameter names are diffusers' (`models/transformers/transformer_wan.py`).
+
+Shapes: `B` samples, `S` tokens, `L` text tokens, `N` image tokens, `D` width, `H` heads, `d` channels of a head,
+`t` timesteps of a sample.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from framework.kernels.attention import AttentionKernel
+from framework.models.rope import rotate
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms and modulation in a model of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Mean 0, variance 1 over `D`; in and out `... D`, returned in the compute dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        weight, bias = (None, None) if self.weight is None else (self.weight.to(dtype), self.bias.to(dtype))
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over all heads at once (`D`, before the split into heads), in x's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+class PreciseLinear(nn.Linear):
+    """A linear in the compute dtype, whatever the dtype of its weight: for the time embedding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = compute_dtype(self.weight.dtype)
+        return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class PatchEmbedding(nn.Module):
+    """A conv3d whose stride is its kernel, applied to patches as a linear: `B S P` -> `B S D`, P = (c pt ph pw)."""
+
+    def __init__(self, in_channels: int, width: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, in_channels, *patch_size))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, patches_bsp: Tensor) -> Tensor:
+        return F.linear(patches_bsp.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class GeluLinear(nn.Module):
+    """gelu(x W + b), exact or by its tanh approximation."""
+
+    def __init__(self, in_dim: int, out_dim: int, approximate: Literal["none", "tanh"]) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_dim, out_dim)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate=self.approximate)
+
+
+class FeedForward(nn.Module):
+    """Two linears with a gelu between: `... in` -> `... out`."""
+
+    def __init__(self, dims: tuple[int, int, int], approximate: Literal["none", "tanh"]) -> None:
+        super().__init__()
+        in_dim, hidden_dim, out_dim = dims
+        # Index 1 is a dropout in diffusers' numbering, and Wan has none.
+        self.net = nn.Sequential(
+            GeluLinear(in_dim, hidden_dim, approximate), nn.Identity(), nn.Linear(hidden_dim, out_dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Every token attends to every token: `B S D` -> `B S D`."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float, kernel: AttentionKernel) -> None:
+        super().__init__()
+        width = num_heads * head_dim
+        self.head_dim = head_dim
+        self.kernel = kernel
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.norm_q = RMSNorm(width, eps)
+        self.norm_k = RMSNorm(width, eps)
+
+    def forward(self, x_bsd: Tensor, rotation_bs1k: Tensor) -> Tensor:
+        q_bshd = rotate(split_heads(self.norm_q(self.to_q(x_bsd)), self.head_dim), rotation_bs1k)
+        k_bshd = rotate(split_heads(self.norm_k(self.to_k(x_bsd)), self.head_dim), rotation_bs1k)
+        v_bshd = split_heads(self.to_v(x_bsd), self.head_dim)
+        out: Tensor = self.to_out[0](merge_heads(self.kernel(q_bshd, k_bshd, v_bshd, None)))
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Tokens attend to text, and apart from that to image tokens where the model has them; the two are added.
+
+    `B S D` over text `B L D` (mask `B L`, True = attend, None = all) and image `B N D` or None -> `B S D`.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float, image_tokens: bool, kernel: AttentionKernel) -> None:
+        super().__init__()
+        width = num_heads * head_dim
+        self.head_dim = head_dim
+        self.kernel = kernel
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.norm_q = RMSNorm(width, eps)
+        self.norm_k = RMSNorm(width, eps)
+        if image_tokens:
+            self.add_k_proj = nn.Linear(width, width)
+            self.add_v_proj = nn.Linear(width, width)
+            self.norm_added_k = RMSNorm(width, eps)
+
+    def forward(self, x_bsd: Tensor, text_bld: Tensor, text_mask_bl: Tensor | None, image_bnd: Tensor | None) -> Tensor:
+        q_bshd = split_heads(self.norm_q(self.to_q(x_bsd)), self.head_dim)
+        k_blhd = split_heads(self.norm_k(self.to_k(text_bld)), self.head_dim)
+        v_blhd = split_heads(self.to_v(text_bld), self.head_dim)
+        seen_bshd = self.kernel(q_bshd, k_blhd, v_blhd, text_mask_bl)
+        if image_bnd is not None:
+            k_bnhd = split_heads(self.norm_added_k(self.add_k_proj(image_bnd)), self.head_dim)
+            v_bnhd = split_heads(self.add_v_proj(image_bnd), self.head_dim)
+            seen_bshd = seen_bshd + self.kernel(q_bshd, k_bnhd, v_bnhd, None)
+        out: Tensor = self.to_out[0](merge_heads(seen_bshd))
+        return out
+
+
+def split_heads(x_bsd: Tensor, head_dim: int) -> Tensor:
+    """`B S (H d)` -> `B S H d`; the number of heads is what the tensor holds."""
+    return rearrange(x_bsd, "b s (h d) -> b s h d", d=head_dim)
+
+
+def merge_heads(x_bshd: Tensor) -> Tensor:
+    """`B S H d` -> `B S (H d)`."""
+    return rearrange(x_bshd, "b s h d -> b s (h d)")
+
+
+def modulate(normed_bsd: Tensor, shift_bsd: Tensor, scale_bsd: Tensor) -> Tensor:
+    """normed * (1 + scale) + shift (adaptive layer norm, DiT, arXiv 2212.09748), where `scale_bsd` is 1 + scale."""
+    return torch.addcmul(shift_bsd, normed_bsd, scale_bsd)
+
+
+def add_gated(x_bsd: Tensor, update_bsd: Tensor, gate_bsd: Tensor) -> Tensor:
+    """x + update * gate, in the gate's dtype, rounded once to x's."""
+    dtype = gate_bsd.dtype
+    return torch.addcmul(x_bsd.to(dtype), update_bsd.to(dtype), gate_bsd).to(x_bsd.dtype)
+
+
+def frame_rows(frame_index_bs: Tensor, num_timesteps: int) -> Tensor | None:
+    """Each token's row in the flattened table `(B t) ...`; None if a sample has one timestep, which broadcasts.
+
+    The lookup also checks that no index reaches into the next sample's rows.
+    """
+    if num_timesteps == 1:
+        return None
+    batch = frame_index_bs.shape[0]
+    rows_bt = torch.arange(batch * num_timesteps, device=frame_index_bs.device).view(batch, num_timesteps)
+    return rows_bt.gather(1, frame_index_bs)
+
+
+def frames_to_tokens(values_btd: Tensor, rows_bs: Tensor | None) -> Tensor:
+    """Every token gets the value of its frame: `B t D` -> `B S D`, or `B 1 D` where it broadcasts.
+
+    An embedding lookup: forward and backward take 0.18 ms for 1500 tokens x 256 on one CPU core, `gather` 1.4 ms,
+    indexing 0.43 ms.
+    """
+    if rows_bs is None:
+        return values_btd
+    return F.embedding(rows_bs, values_btd.flatten(0, 1))

@@ -1,0 +1,37 @@
+"""The optimizer and its learning rate.
+
+AdamW (arXiv 1711.05101). Only elementwise optimizers work under ZeRO: a rank holds flat ranges of tensors, never whole
+matrices. Weight decay applies to weights of two and more dimensions, not to biases, norms and modulation tables.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from framework.recipe import OptimizerConfig
+
+
+def adamw(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over two groups, with and without weight decay."""
+    decayed = [p for name, p in parameters if decays(name, len(getattr(p, "ds_shape", p.shape)))]
+    plain = [p for name, p in parameters if not decays(name, len(getattr(p, "ds_shape", p.shape)))]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def decays(name: str, num_dims: int) -> bool:
+    """Whether weight decay applies to a tensor."""
+    return num_dims >= 2 and "scale_shift_table" not in name
+
+
+def learning_rate(config: OptimizerConfig, *, step: int) -> float:
+    """The rate of step `step` (from 0): linear warm-up, then constant, linear or cosine to lr * final at decay_steps."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    assert config.decay_steps != "auto", "resolved when the run starts"
+    progress = min(1.0, (step - config.warmup) / max(1, config.decay_steps - config.warmup))
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.lr * (config.final + (1 - config.final) * shape)

@@ -1,0 +1,40 @@
+"""Collectives that take their group as an argument and count what they send.
+
+Bytes are what one rank sends by the bandwidth-optimal algorithm: an all-reduce 2 (n-1)/n of its tensor, a rooted broadcast
+(n-1)/n of it (the mean over the ranks).
+"""
+
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from framework.parallel.mesh import Group
+
+T = TypeVar("T")
+
+
+def all_reduce_sum(tensor: Tensor, group: Group, purpose: str) -> dist.Work | None:
+    """Sum `tensor` over the group in place, without waiting: call `wait()` on what is returned before reading it."""
+    group.traffic.count(purpose, 2 * (group.size - 1) * tensor.numel() * tensor.element_size() // group.size)
+    return dist.all_reduce(tensor, group=group.process_group, async_op=True)
+
+
+def broadcast_object(value: T | None, group: Group, *, source: int = 0) -> T:
+    """The value that the group's member `source` holds, on every member. For plans and flags, not for tensors."""
+    box: list[T | None] = [value]
+    dist.broadcast_object_list(box, src=group.ranks[source], group=group.process_group)
+    assert box[0] is not None
+    return box[0]
+
+
+def gather_objects(value: T, group: Group) -> list[T]:
+    """Everybody's value, in the group's order, on every member. For plans and flags, not for tensors."""
+    values: list[T] = [value] * group.size
+    dist.all_gather_object(values, value, group=group.process_group)
+    return values
+
+
+def barrier(group: Group) -> None:
+    """Wait for every member."""
+    dist.barrier(group=group.process_group)

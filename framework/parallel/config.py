@@ -1,0 +1,72 @@
+"""The degrees of parallelism."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """dp * ring * ulysses * tp == world size.
+
+    dp: data parallelism; auto takes what the ranks leave. ring and ulysses: context parallelism over spacetime tokens,
+    across and inside the link domain. tp: tensor parallelism.
+    """
+
+    dp: int | Literal["auto"] = "auto"
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "ring", "ulysses", "tp"):
+            degree = getattr(self, name)
+            if degree != "auto" and degree < 1:
+                raise ValueError(f"mesh.{name}={degree} must be at least 1")
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """The degrees with dp resolved."""
+
+    dp: int
+    ring: int
+    ulysses: int
+    tp: int
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.ring * self.ulysses * self.tp
+
+    @property
+    def cp(self) -> int:
+        return self.ring * self.ulysses
+
+    @property
+    def replica(self) -> int:
+        return self.cp * self.tp
+
+    def __str__(self) -> str:
+        return f"dp={self.dp} ring={self.ring} ulysses={self.ulysses} tp={self.tp}"
+
+
+def resolve_mesh(config: MeshConfig, *, num_ranks: int | None, num_gpus: int = 0) -> MeshShape:
+    """Degrees for the ranks that are there (num_ranks), else for the visible GPUs, else for one replica.
+
+    Raises ValueError with the equation, the values and the nearest world sizes, when they don't fit.
+    """
+    replica = config.ring * config.ulysses * config.tp
+    if config.dp != "auto":
+        dp = config.dp
+    elif num_ranks is not None:
+        dp = num_ranks // replica
+    else:
+        dp = max(1, num_gpus // replica)
+    shape = MeshShape(dp, config.ring, config.ulysses, config.tp)
+    if num_ranks is not None and shape.world_size != num_ranks:
+        fits = num_ranks // replica
+        fix = f"mesh.dp={fits} uses {fits * replica} of the ranks" if fits else f"one replica alone needs {replica} ranks"
+        raise ValueError(
+            f"dp * ring * ulysses * tp == world_size doesn't hold: {config.dp} * {config.ring} * {config.ulysses} * "
+            f"{config.tp} against {num_ranks} ranks; {fix}"
+        )
+    return shape

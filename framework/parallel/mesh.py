@@ -1,0 +1,104 @@
+"""The mesh of ranks: degrees -> rank grid -> groups.
+
+    rank = ((dp_index * ring + ring_index) * ulysses + ulysses_index) * tp + tp_index
+
+that is `arange(world).view(dp, ring, ulysses, tp)`: tp innermost, then Ulysses (both inside the link domain), ring
+across, dp outermost. Every group is a set of axes that vary while the others stay:
+
+    tp | ulysses | ring | cp = ring x ulysses | replica = cp x tp (the ranks of one sample) | dp | zero = dp x cp | world
+
+`control` is world on gloo, for flags and plans. Two groups with the same ranks share one process group, so the names
+cost no communicator.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch.distributed as dist
+
+from framework.parallel.config import MeshShape
+
+AXES = ("dp", "ring", "ulysses", "tp")
+GROUP_AXES: dict[str, tuple[str, ...]] = {
+    "tp": ("tp",),
+    "ulysses": ("ulysses",),
+    "ring": ("ring",),
+    "cp": ("ring", "ulysses"),
+    "replica": ("ring", "ulysses", "tp"),
+    "dp": ("dp",),
+    "zero": ("dp", "ring", "ulysses"),
+    "world": AXES,
+}
+
+
+@dataclass
+class Traffic:
+    """Calls and bytes by purpose, as one rank sends them by the bandwidth-optimal algorithm."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    num_bytes: Counter[str] = field(default_factory=Counter)
+
+    def count(self, purpose: str, num_bytes: int) -> None:
+        self.calls[purpose] += 1
+        self.num_bytes[purpose] += num_bytes
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk to each other. index: this rank's place among them."""
+
+    name: str
+    ranks: tuple[int, ...]
+    index: int
+    process_group: dist.ProcessGroup | None
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All groups of this rank. Passed by hand: there is no global one."""
+
+    shape: MeshShape
+    rank: int
+    tp: Group
+    ulysses: Group
+    ring: Group
+    cp: Group
+    replica: Group
+    dp: Group
+    zero: Group
+    world: Group
+    control: Group
+
+
+def group_ranks(shape: MeshShape, axes: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Every set of ranks that differ along `axes` only, each in rank order.
+
+    >>> group_ranks(MeshShape(dp=2, ring=1, ulysses=2, tp=1), ("dp",))
+    [(0, 2), (1, 3)]
+    """
+    grid = np.arange(shape.world_size).reshape(shape.dp, shape.ring, shape.ulysses, shape.tp)
+    inside = [AXES.index(axis) for axis in axes]
+    outside = [dim for dim in range(len(AXES)) if dim not in inside]
+    rows = grid.transpose(outside + inside).reshape(-1, int(np.prod([grid.shape[dim] for dim in inside])))
+    return [tuple(int(rank) for rank in row) for row in rows]
+
+
+def build_mesh(shape: MeshShape, rank: int) -> Mesh:
+    """Make the groups; torch.distributed must be initialised with `shape.world_size` ranks. Collective over the world."""
+    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(shape.world_size)): dist.group.WORLD}
+    groups: dict[str, Group] = {}
+    for name, axes in GROUP_AXES.items():
+        for ranks in group_ranks(shape, axes):
+            if ranks not in made:
+                made[ranks] = dist.new_group(list(ranks))
+            if rank in ranks:
+                groups[name] = Group(name, ranks, ranks.index(rank), made[ranks])
+    world = groups["world"]
+    control = Group("control", world.ranks, rank, dist.new_group(list(world.ranks), backend="gloo"))
+    return Mesh(shape=shape, rank=rank, control=control, **groups)

@@ -1,0 +1,270 @@
+"""DeepSpeed's ZeRO stages 1, 2 and 3 (arXiv 1910.02054) behind the Engine protocol.
+
+This is the one file that touches DeepSpeed's private attributes, so pyproject.toml pins its release and the tests check
+that a round trip through `fragments` is exact. What DeepSpeed is told, and why:
+
+* Its "data parallel group" is our zero group, dp x cp, through an `mpu` without any `get_sequence_*` method: told of
+  sequence parallelism, its stages disagree on whether gradients are summed or averaged over it (measured: a gradient norm
+  off by exactly the degree in stage 2, right in stage 3).
+* Gradient accumulation is ours: `gradient_accumulation_steps` is 1, the boundary is set before each backward, and the number
+  of micro-batches may differ from step to step.
+* Gradients accumulate and travel in float32 also when parameters are bfloat16 (stage 1 then becomes its BF16_Optimizer).
+* `use_multi_rank_bucket_allreduce: false`: by default stages 1 and 2 all-reduce every bucket, twice the bytes needed.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+from framework.batch import Condition, Tokens
+from framework.optim import adamw
+from framework.parallel.fragments import Fragment, ParameterShard
+from framework.parallel.mesh import Group, Mesh
+from framework.parallel.zero.config import PrecisionConfig, ZeroConfig
+from framework.parallel.zero.engine import StepStats
+from framework.recipe import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class GroupsForDeepSpeed:
+    """The `mpu` object DeepSpeed asks for its groups. Deliberately without `get_sequence_*` (see the module's docstring)."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._tp, self._zero = mesh.tp, mesh.zero
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tp.index
+
+    def get_model_parallel_group(self) -> torch.distributed.ProcessGroup | None:
+        return self._tp.process_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tp.size
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._zero.index
+
+    def get_data_parallel_group(self) -> torch.distributed.ProcessGroup | None:
+        return self._zero.process_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._zero.size
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self._zero.ranks)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where DeepSpeed keeps a parameter's range: in the flat fp32 buffer `group`, at `offset`."""
+
+    shard: ParameterShard
+    group: int
+    offset: int
+    start: int
+    num_elements: int
+
+
+class DeepSpeedEngine:
+    """`Engine` by DeepSpeed."""
+
+    def __init__(self, engine: "deepspeed.DeepSpeedEngine", optimizer: torch.optim.Optimizer, zero: Group) -> None:
+        self._engine = engine
+        self._optimizer = optimizer
+        self._zero = zero
+        self._dtype: torch.dtype = next(engine.module.parameters()).dtype
+        self._pieces: list[Piece] = []
+
+    def locate(self, shards: list[ParameterShard]) -> None:
+        """Find where every shard's range lies. Called once, after construction."""
+        by_name = {shard.name: shard for shard in shards}
+        stage3 = self._engine.zero_optimization_stage() == 3
+        find = self._find_stage3 if stage3 else self._find_stage12
+        found = (find(parameter, by_name[name]) for name, parameter in self._engine.module.named_parameters())
+        self._pieces = [piece for piece in found if piece is not None]
+
+    def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
+        image = None if condition.image is None else condition.image.to(self._dtype)
+        return self._engine(
+            tokens.patches.to(self._dtype),
+            tokens.positions,
+            tokens.frame_index,
+            tokens.timesteps,
+            condition.text.to(self._dtype),
+            text_mask_bl=condition.text_mask,
+            image_bnd=image,
+        )
+
+    def backward(self, loss_sum: Tensor, *, global_count: float, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss_sum * (self._zero.size / global_count))
+
+    def step(self, *, lr: float) -> StepStats:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return StepStats(grad_norm=norm, skipped=bool(self._engine.optimizer.overflow))
+
+    def fragments(self) -> list[Fragment]:
+        made = []
+        for piece in self._pieces:
+            master = self._flat_masters()[piece.group]
+            states = {"model": master} | {name: self._moments(piece.group)[name] for name in MOMENTS}
+            for state, flat in states.items():
+                view = flat.detach().narrow(0, piece.offset, piece.num_elements)
+                made.append(Fragment(state, piece.shard, piece.start, view))
+        return made
+
+    def refresh(self, *, step: int) -> None:
+        for group in range(len(self._flat_masters())):
+            self._moments(group)["step"].fill_(float(step))
+        optimizer = self._engine.optimizer
+        if self._engine.zero_optimization_stage() < 3:
+            optimizer.update_lp_params()
+            return
+        for index, low in enumerate(optimizer.fp16_partitioned_groups_flat):
+            low.data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)
+            optimizer._unflatten_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._engine.module.named_parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            gradient = safe_get_full_grad(parameter)
+            assert gradient is not None, f"{name} has no gradient"
+            yield name, gradient.reshape(shape)
+
+    def destroy(self) -> None:
+        self._engine.destroy()
+
+    def _flat_masters(self) -> list[Tensor]:
+        optimizer = self._engine.optimizer
+        if isinstance(optimizer, BF16_Optimizer):
+            flats: list[Tensor] = optimizer.fp32_groups_flat_partition
+        elif self._engine.zero_optimization_stage() == 3:
+            flats = optimizer.fp32_partitioned_groups_flat
+        else:
+            flats = optimizer.single_partition_of_fp32_groups
+        return flats
+
+    def _moments(self, group: int) -> dict[str, Tensor]:
+        """The optimizer's state of a flat buffer, made before its first step where need be."""
+        flat = self._flat_masters()[group]
+        state: dict[str, Tensor] = self._optimizer.state[flat]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(flat, requires_grad=False)
+        return state
+
+    @staticmethod
+    def _find_stage12(parameter: nn.Parameter, shard: ParameterShard) -> Piece | None:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        high, low = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Piece(shard, mapping.param_group_index, high.start, low.start, high.numel)
+
+    def _find_stage3(self, parameter: nn.Parameter, shard: ParameterShard) -> Piece | None:
+        optimizer = self._engine.optimizer
+        group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = self._zero.index * padded
+        num_elements = max(0, min(padded, parameter.ds_numel - start))  # type: ignore[attr-defined]
+        return Piece(shard, group, offset, start, num_elements) if num_elements else None
+
+
+def build_deepspeed(
+    model: nn.Module,
+    shards: list[ParameterShard],
+    mesh: Mesh,
+    *,
+    zero: ZeroConfig,
+    precision: PrecisionConfig,
+    optimizer: OptimizerConfig,
+) -> DeepSpeedEngine:
+    """Give a model on the meta device its partitioned storage and optimizer. Weights are zero until the caller fills them.
+
+    In stage 3 every module is materialised and partitioned by itself, so that no rank ever holds the whole model.
+    """
+    quiet()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    config = deepspeed_config(zero, precision, optimizer)
+    groups = GroupsForDeepSpeed(mesh)
+    dtype = DTYPES[precision.parameters]
+    for module in model.modules():
+        materialise(module, device, dtype)
+        if zero.stage == 3 and any(True for _ in module.parameters(recurse=False)):
+            holder = nn.Module()
+            for name, parameter in module.named_parameters(recurse=False):
+                holder.register_parameter(name, parameter)
+            # No dtype here: DeepSpeed 0.19 ignores it where fp16 isn't supported; the config's precision decides.
+            deepspeed.zero.Init(
+                module=holder,
+                data_parallel_group=mesh.zero.process_group,
+                config_dict_or_path=config,
+                mpu=groups,
+            )
+    torch_optimizer = adamw(list(model.named_parameters()), optimizer)
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=torch_optimizer, config=config, mpu=groups)
+    built = DeepSpeedEngine(engine, torch_optimizer, mesh.zero)
+    built.locate(shards)
+    return built
+
+
+def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Replace the module's own meta parameters by zeros on the device; buffers aren't touched."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.is_meta:
+            zeros = torch.zeros(parameter.shape, device=device, dtype=dtype)
+            module.register_parameter(name, nn.Parameter(zeros, requires_grad=parameter.requires_grad))
+
+
+def deepspeed_config(zero: ZeroConfig, precision: PrecisionConfig, optimizer: OptimizerConfig) -> dict[str, object]:
+    """DeepSpeed's own configuration. It never learns of samples: micro batch 1, no accumulation."""
+    half = precision.parameters == "bfloat16"
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 62,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # check_grad_overflow: without it stages 1 and 2 apply a NaN update in bf16 (in fp32 the norm alone is judged).
+        "bf16": {"enabled": half, "check_grad_overflow": half},
+        "zero_optimization": {
+            "stage": zero.stage,
+            "use_multi_rank_bucket_allreduce": False,
+            # Default off in stages 1 and 2; races with overlap were reported and fixed over several releases.
+            "overlap_comm": False,
+            "reduce_bucket_size": zero.bucket_size,
+            "allgather_bucket_size": zero.bucket_size,
+            "stage3_prefetch_bucket_size": zero.bucket_size,
+            "stage3_param_persistence_threshold": zero.persistence,
+        },
+    }
+
+
+def quiet() -> None:
+    """Keep DeepSpeed's log to errors, and its CPU backend from compiling.
+
+    On the CPU accelerator, `init_distributed` builds a shared-memory extension with ninja at first use (minutes on two
+    cores, while the other ranks wait on a file lock). Gloo does the same work, so the operation is declared absent.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,56 @@
+"""What a ZeRO engine does for the training loop, whoever implements it.
+
+The gradient is d(global mean loss)/d(global tensor). Engines average over the zero group (dp x cp), so `backward` scales
+the local sum by  size(zero) / global_count,  once, here and nowhere else.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from framework.batch import Condition, Tokens
+from framework.parallel.fragments import Fragment
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """grad_norm: global, before clipping. skipped: the norm wasn't finite and no weight was touched."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """A model whose weights, gradients and optimizer state are partitioned over the zero group."""
+
+    def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
+        """Predict: `B S Q`. A collective in stage 3: every rank of the zero group must call it the same number of times."""
+        ...
+
+    def backward(self, loss_sum: Tensor, *, global_count: float, last: bool) -> None:
+        """Accumulate the gradient of loss_sum / global_count; `last` marks the step's last micro-batch."""
+        ...
+
+    def step(self, *, lr: float) -> StepStats:
+        """Clip, update, clear the gradients. Skips the update when the gradient's norm isn't finite."""
+        ...
+
+    def fragments(self) -> list[Fragment]:
+        """Live views of the fp32 master weights and the two moments, as far as this rank holds them."""
+        ...
+
+    def refresh(self, *, step: int) -> None:
+        """After the master weights were written from outside: recompute what is cast or gathered from them, set the step
+        of the bias correction."""
+        ...
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and full reduced gradient of every parameter between the last backward and the step: for verification,
+        one tensor at a time. A collective."""
+        ...
+
+    def destroy(self) -> None:
+        """Remove hooks and buffers, so that another engine can follow in the same process."""
+        ...

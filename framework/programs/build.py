@@ -1,0 +1,155 @@
+"""recipe -> mesh -> model -> engine: what the programs' openings have in common."""
+
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from framework.batch import Condition, Tokens
+from framework.data.buckets import Stream, open_streams
+from framework.data.config import StreamConfig
+from framework.data.loader import BatchBuilder
+from framework.diffusion.flow import Flow
+from framework.environment import Environment
+from framework.kernels.attention import build_attention
+from framework.keys import key
+from framework.models.dit import DiT
+from framework.models.initialise import init_tensor
+from framework.models.parallelize import parallelize
+from framework.parallel.collectives import broadcast_object, gather_objects
+from framework.parallel.config import resolve_mesh
+from framework.parallel.fragments import Fragment, ParameterShard
+from framework.parallel.mesh import Group, Mesh, build_mesh
+from framework.parallel.zero.engine import Engine
+from framework.recipe import Recipe, flatten
+from framework.run import Run, claim_attempt, store_recipe
+from framework.text.encoder import TextEncoder, build_text_encoder
+from framework.tokenizer.config import tokenizer_version
+from framework.tokenizer.tokenizer import Tokenizer, build_tokenizer
+
+
+class Predictor(Protocol):
+    """An engine, or a model in one process."""
+
+    def __call__(self, tokens: Tokens, condition: Condition) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What turns pixels and captions into what the transformer reads."""
+
+    tokenizer: Tokenizer
+    text: TextEncoder
+
+
+def open_mesh(recipe: Recipe, env: Environment) -> Mesh:
+    """Join the process group and make the mesh. A collective over all ranks."""
+    shape = resolve_mesh(recipe.mesh, num_ranks=env.world_size)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(env.local_rank)
+    if recipe.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timedelta(minutes=10))
+    return build_mesh(shape, env.rank)
+
+
+def this_device() -> torch.device:
+    """The GPU chosen for this rank, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def agree_on_recipe(recipe: Recipe, control: Group) -> None:
+    """Raises ValueError naming the ranks whose recipe differs from the first rank's, and the keys."""
+    leaves = gather_objects(flatten(recipe), control)
+    differing = {
+        rank: sorted(name for name in leaves[0].keys() | other.keys() if leaves[0].get(name) != other.get(name))
+        for rank, other in enumerate(leaves)
+    }
+    wrong = [f"rank {rank} in {', '.join(keys)}" for rank, keys in differing.items() if keys]
+    if wrong:
+        raise ValueError(f"the ranks were started with different recipes; against rank 0 differ: {'; '.join(wrong)}")
+
+
+def open_run(recipe: Recipe, overrides: tuple[str, ...], mesh: Mesh) -> Run:
+    """Rank 0 claims an attempt and stores the recipe, before any weight exists; the others write to logs from here on."""
+    from pathlib import Path
+
+    path = Path(recipe.run)
+    claimed: int | None = None
+    if mesh.rank == 0:
+        claimed = claim_attempt(path)
+        store_recipe(Run(path, claimed), recipe, overrides)
+    run = Run(path, broadcast_object(claimed, mesh.control))
+    if mesh.rank != 0:
+        log = os.open(run.attempt_path / "logs" / f"rank-{mesh.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, sys.stdout.fileno())
+        os.dup2(log, sys.stderr.fileno())
+    return run
+
+
+def build_model(recipe: Recipe, mesh: Mesh) -> tuple[nn.Module, list[ParameterShard]]:
+    """The transformer on the meta device, and what this rank holds of each parameter."""
+    with torch.device("meta"):
+        model = DiT(recipe.model, build_attention(recipe.attention))
+    return model, parallelize(model, mesh)
+
+
+def build_engine(recipe: Recipe, model: nn.Module, shards: list[ParameterShard], mesh: Mesh) -> Engine:
+    """The ZeRO engine that the recipe names."""
+    match recipe.zero.engine:
+        case "deepspeed":
+            from framework.parallel.zero.deepspeed import build_deepspeed
+
+            return build_deepspeed(
+                model, shards, mesh, zero=recipe.zero, precision=recipe.precision, optimizer=recipe.optimizer
+            )
+
+
+@torch.no_grad()
+def initialise(fragments: list[Fragment], recipe: Recipe) -> None:
+    """Fill the master weights, each tensor from its own key, one tensor at a time: the same on every mesh."""
+    for fragment in fragments:
+        if fragment.state == "model":
+            name, shape = fragment.shard.name, fragment.shard.global_shape
+            generator = torch.Generator().manual_seed(key(recipe.seed, "init", uid=name))
+            fragment.copy_from(init_tensor(name, shape, generator, recipe.model))
+
+
+def build_encoders(recipe: Recipe) -> Encoders:
+    """Tokenizer and text encoder."""
+    return Encoders(build_tokenizer(recipe.tokenizer), build_text_encoder(recipe.text))
+
+
+def open_data(recipe: Recipe, configs: list[StreamConfig]) -> list[Stream]:
+    """The streams, checked against the recipe's tokenizer."""
+    return open_streams(configs, tokenizer_version=tokenizer_version(recipe.tokenizer))
+
+
+def build_builder(recipe: Recipe, streams: list[Stream], encoders: Encoders, *, dropout: float) -> BatchBuilder:
+    """The reader of batches."""
+    return BatchBuilder(
+        streams,
+        recipe.data.buckets,
+        tokenizer=encoders.tokenizer,
+        text=encoders.text,
+        dropout=dropout,
+        seed=recipe.seed,
+        device=this_device(),
+    )
+
+
+def build_flow(recipe: Recipe) -> Flow:
+    """The objective."""
+    return Flow(
+        recipe.flow,
+        recipe.loss,
+        seed=recipe.seed,
+        patch_size=recipe.model.patch_size,
+        global_batch=recipe.data.global_batch,
+    )

@@ -1,0 +1,91 @@
+"""What is looked at while training: the validation loss and samples, from the live and the averaged weights."""
+
+
+from framework.diffusion.video_file import write_contact_sheet, write_mp4
+from framework.ema import Ema
+from framework.evaluate.validation import Validation, check_held_out
+from framework.log import ProgressReport
+from framework.metrics import MetricsWriter
+from framework.parallel.mesh import Mesh
+from framework.parallel.zero.engine import Engine
+from framework.data.config import StreamConfig
+from framework.diffusion.flow import Flow
+from framework.programs import build
+from framework.programs.generate import Generator
+from framework.recipe import Recipe
+from framework.run import Run
+
+
+class Observer:
+    """Validates and samples when the recipe says so."""
+
+    def __init__(self, recipe: Recipe, mesh: Mesh, run: Run, flow: Flow, *, engine: Engine, ema: Ema) -> None:
+        self._recipe, self._mesh, self._run = recipe, mesh, run
+        self._engine, self._ema = engine, ema
+        self._validation = build_validation(recipe, mesh, flow) if recipe.validation.every else None
+        clip = recipe.data.buckets[0].clip
+        self._generator = Generator(recipe, build.build_encoders(recipe), clip, build.this_device())
+
+    def is_due(self, step: int) -> bool:
+        """Whether something happens after this step."""
+        return self._validates(step) or self._samples(step)
+
+    def observe(self, step: int, metrics: MetricsWriter, report: ProgressReport) -> None:
+        """Do what is due. A collective over all ranks."""
+        if self._validates(step):
+            raw = self._validate("raw", step, metrics)
+            with self._ema.in_place_of_weights(self._engine, step=step):
+                averaged = self._validate("ema", step, metrics)
+            report.say(f"validation after step {step}: loss {raw:.5f}, with EMA weights {averaged:.5f}")
+        if self._samples(step):
+            self._sample(step)
+            report.say(f"samples after step {step}: {self._run.samples}/step-{step:08}-*.mp4")
+
+    def _validates(self, step: int) -> bool:
+        every = self._recipe.validation.every
+        return every > 0 and (step % every == 0 or step == self._recipe.train.steps)
+
+    def _samples(self, step: int) -> bool:
+        every = self._recipe.samples.every
+        return every > 0 and (step % every == 0 or step == self._recipe.train.steps)
+
+    def _validate(self, weights: str, step: int, metrics: MetricsWriter) -> float:
+        assert self._validation is not None
+        result = self._validation.run(self._engine)
+        buckets = {
+            bucket: {"sigma": list(sigmas), "loss": list(losses)}
+            for bucket, sigmas, losses in zip(result.buckets, result.sigmas, result.by_sigma, strict=True)
+        }
+        metrics.write_validation({"step": step, "weights": weights, "loss": result.loss, "buckets": buckets})
+        return result.loss
+
+    def _sample(self, step: int) -> None:
+        """Prompts are dealt to the dp ranks; every rank runs as often, since a forward may be a collective."""
+        config, dp = self._recipe.samples, self._mesh.dp
+        self._run.samples.mkdir(exist_ok=True)
+        for first in range(0, len(config.prompts), dp.size):
+            number = first + dp.index
+            prompt = config.prompts[min(number, len(config.prompts) - 1)]
+            (video,) = self._generator(self._engine, [prompt], seed=config.seed)
+            if number < len(config.prompts) and self._mesh.replica.index == 0:
+                stem = self._run.samples / f"step-{step:08}-{number:02}"
+                write_mp4(stem.with_suffix(".mp4"), video, self._generator.fps)
+                write_contact_sheet(stem.with_suffix(".png"), [(prompt, video)])
+
+
+def build_validation(recipe: Recipe, mesh: Mesh, flow: Flow) -> Validation:
+    """The held-out clips of the recipe. Raises ValueError when one of them is trained on."""
+    streams = build.open_data(recipe, [StreamConfig(path) for path in recipe.validation.shards])
+    if recipe.validation.held_out:
+        check_held_out(build.open_data(recipe, recipe.data.streams), streams)
+    return Validation(
+        recipe.validation,
+        streams,
+        recipe.data.buckets,
+        builder=build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0),
+        flow=flow,
+        mesh=mesh,
+        micro_batch=recipe.data.micro_batch,
+        seed=recipe.seed,
+        patch_size=recipe.model.patch_size,
+    )

@@ -1,0 +1,96 @@
+"""`cuboid sample`: a video from a run's newest checkpoint, in one process."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from framework.batch import Condition, Tokens
+from framework.checkpoint.dcp import load_fragments
+from framework.checkpoint.store import Found, valid_checkpoints
+from framework.diffusion.video_file import write_contact_sheet, write_mp4
+from framework.kernels.attention import build_attention
+from framework.models.dit import DiT
+from framework.parallel.fragments import Fragment, ParameterShard
+from framework.programs import build
+from framework.programs.generate import Generator
+from framework.recipe import Recipe
+from framework.run import recipe_of_run
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to sample. weights: the average or the live ones. None takes the recipe's value."""
+
+    prompt: str
+    out: Path
+    seed: int
+    weights: Literal["ema", "raw"]
+    steps: int | None
+    guidance: float | None
+
+
+class LocalModel:
+    """The transformer with whole weights on one device."""
+
+    def __init__(self, model: DiT) -> None:
+        self._model = model
+        self._dtype = next(model.parameters()).dtype
+
+    def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
+        return self._model(
+            tokens.patches.to(self._dtype),
+            tokens.positions,
+            tokens.frame_index,
+            tokens.timesteps,
+            condition.text.to(self._dtype),
+            text_mask_bl=condition.text_mask,
+            image_bnd=condition.image,
+        )
+
+
+def sample(path: Path, request: SampleRequest) -> str:
+    """Sample and write an mp4 and, beside it, a contact sheet. Returns the line to print."""
+    recipe = recipe_of_run(path)
+    found = newest(path)
+    recipe = replace(
+        recipe,
+        sampler=replace(
+            recipe.sampler,
+            steps=request.steps or recipe.sampler.steps,
+            guidance=recipe.sampler.guidance if request.guidance is None else request.guidance,
+        ),
+    )
+    device = build.this_device()
+    model = load_model(recipe, found, weights=request.weights, device=device)
+    generator = Generator(recipe, build.build_encoders(recipe), recipe.data.buckets[0].clip, device)
+    (video,) = generator(LocalModel(model), [request.prompt], seed=request.seed)
+    request.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet = request.out.with_suffix(".png")
+    write_mp4(request.out, video, generator.fps)
+    write_contact_sheet(sheet, [(request.prompt or "(no prompt)", video)])
+    return f"{request.out} and {sheet}: {generator.clip} from step {found.manifest.progress.step}, {request.weights} weights"
+
+
+def newest(path: Path) -> Found:
+    """The run's newest checkpoint."""
+    found = valid_checkpoints(path / "checkpoints")
+    if not found:
+        raise ValueError(f"{path} has no checkpoint yet: train it further, or lower checkpoint.every")
+    return found[-1]
+
+
+@torch.no_grad()
+def load_model(recipe: Recipe, found: Found, *, weights: Literal["ema", "raw"], device: torch.device) -> DiT:
+    """The transformer in the recipe's precision. Reads one tensor's fp32 values at a time into their place."""
+    with torch.device("meta"):
+        model = DiT(recipe.model, build_attention(recipe.attention))
+    model.to_empty(device="cpu")
+    state = "ema" if weights == "ema" else "model"
+    fragments = [
+        Fragment(state, ParameterShard.whole(name, tuple(p.shape)), 0, p.data.view(-1)) for name, p in model.named_parameters()
+    ]
+    load_fragments(found.path, fragments, None)
+    return model.to(device=device, dtype=getattr(torch, recipe.precision.parameters)).eval()

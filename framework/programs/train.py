@@ -1,0 +1,224 @@
+"""`cuboid train`, on one rank: the loop."""
+
+import gc
+import signal
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from framework.checkpoint.commit import Progress
+from framework.checkpoint.store import Checkpoints
+from framework.data.loader import Loader
+from framework.data.schedule import Schedule, Work
+from framework.diffusion.flow import Flow
+from framework.ema import Ema
+from framework.environment import Environment, StopFlag
+from framework.log import ProgressReport
+from framework.metrics import MetricsWriter, StepRecord
+from framework.models.patchify import patchify
+from framework.optim import learning_rate
+from framework.parallel.collectives import all_reduce_sum, barrier
+from framework.parallel.mesh import Mesh
+from framework.parallel.zero.engine import Engine, StepStats
+from framework.programs import build
+from framework.programs.observe import Observer
+from framework.recipe import Recipe, bucket_tokens, resolve_auto
+from framework.run import Resolved, Run, RunFailure, Verdict
+from framework.shapes import LatentShape, latent_shape
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with."""
+
+    recipe: Recipe
+    mesh: Mesh
+    engine: Engine
+    ema: Ema
+    flow: Flow
+    schedule: Schedule
+    loader: Loader
+    latents: list[LatentShape]
+    num_tokens: list[int]
+
+    def global_count(self, work: Work) -> float:
+        """What the step's sum of losses is divided by: a pure function of the schedule."""
+        return self.flow.global_count(work.counts, self.latents, self.recipe.model.out_channels or self.recipe.model.in_channels)
+
+
+def train(invocation: Resolved, env: Environment) -> Verdict:
+    """Train until train.steps, or until a signal asks to stop."""
+    stop = StopFlag()
+    recipe = resolve_auto(invocation.recipe)
+    mesh = build.open_mesh(recipe, env)
+    build.agree_on_recipe(recipe, mesh.control)
+    run = build.open_run(recipe, invocation.overrides, mesh)
+    model, shards = build.build_model(recipe, mesh)
+    engine = build.build_engine(recipe, model, shards, mesh)
+    build.initialise(engine.fragments(), recipe)
+    engine.refresh(step=0)
+    ema = Ema(engine.fragments(), recipe.ema)
+    checkpoints = Checkpoints(run, recipe.checkpoint, mesh, zero_stage=recipe.zero.stage)
+    progress = Progress()
+    if (found := checkpoints.latest()) is not None:
+        progress = checkpoints.load(found, [*engine.fragments(), *ema.fragments()])
+        engine.refresh(step=progress.step)
+    parts = build_parts(recipe, mesh, engine, ema, start=progress.step)
+    observer = Observer(recipe, mesh, run, parts.flow, engine=engine, ema=ema)
+    report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
+    for text in (*invocation.notes, *start_lines(parts, progress, run)):
+        report.say(text)
+    metrics = MetricsWriter(run.path, start=progress.step, writes=mesh.rank == 0, tensorboard=recipe.log.tensorboard)
+    try:
+        progress, stopped = loop(parts, progress, checkpoints, observer=observer, metrics=metrics, report=report, stop=stop)
+    finally:
+        parts.loader.close()
+        report.close()
+        metrics.close()
+    verdict = Verdict("stopped" if stopped else "done", progress.step, stopped)
+    if mesh.rank == 0:
+        run.write_verdict(verdict)
+    barrier(mesh.control)
+    return verdict
+
+
+def loop(
+    parts: Parts,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    *,
+    observer: Observer,
+    metrics: MetricsWriter,
+    report: ProgressReport,
+    stop: StopFlag,
+) -> tuple[Progress, int | None]:
+    """The steps. Returns where it ended and the signal that ended it, if one did."""
+    recipe, last = parts.recipe, parts.recipe.train.steps
+    pending: StepRecord | None = None
+    saved: int | None = progress.step if progress.step else None
+    stopped: int | None = None
+    gc.disable()
+    while progress.step < last and stopped is None:
+        begin, waited = time.perf_counter(), parts.loader.waited
+        asked = torch.tensor([stop.signal or 0])
+        agreement = all_reduce_sum(asked, parts.mesh.control, "stop")
+        work = parts.schedule[progress.step]
+        loss_sum, stats, uids = optimizer_step(parts, work)
+        progress = advance(progress, work, parts.num_tokens, stats)
+        reduction = all_reduce_sum(loss_sum, parts.mesh.zero, "loss")
+        if pending is not None:
+            publish(metrics, report, pending)
+        pending = StepRecord(
+            step=progress.step,
+            loss_sum=loss_sum,
+            work=reduction,
+            count=parts.global_count(work),
+            grad_norm=stats.grad_norm,
+            lr=learning_rate(recipe.optimizer, step=work.step),
+            tokens=step_tokens(work, parts.num_tokens),
+            samples=work.num_samples,
+            seconds=time.perf_counter() - begin,
+            data_wait=parts.loader.waited - waited,
+            skipped=stats.skipped,
+            traffic=traffic(parts.mesh),
+            uids=uids,
+        )
+        if agreement is not None:
+            agreement.wait()
+        if int(asked) and progress.step < last:
+            stopped = signal.SIGINT if stop.signal == signal.SIGINT else signal.SIGTERM
+        if progress.step % recipe.train.collect_garbage_every == 0:
+            gc.collect()
+        if observer.is_due(progress.step) or progress.step == last or stopped:
+            publish(metrics, report, pending)
+            pending = None
+        if progress.bad_steps >= recipe.train.max_bad_steps:
+            raise RunFailure(f"{progress.bad_steps} updates in a row had a gradient norm that isn't finite, up to step {progress.step}")
+        observer.observe(progress.step, metrics, report)
+        if progress.step % recipe.checkpoint.every == 0 or progress.step == last or stopped:
+            checkpoints.save([*parts.engine.fragments(), *parts.ema.fragments()], progress)
+            saved = progress.step
+    gc.enable()
+    assert saved == progress.step or not progress.step
+    return progress, stopped
+
+
+def optimizer_step(parts: Parts, work: Work) -> tuple[Tensor, StepStats, tuple[str, ...]]:
+    """One step over its micro-batches: this rank's loss sum, the statistics, this rank's uids."""
+    loss_sum = torch.zeros((), dtype=torch.float32, device=build.this_device())
+    uids: list[str] = []
+    for index, batch in enumerate(parts.loader.step(work)):
+        noised = parts.flow.noise(batch, step=work.step)
+        tokens = patchify(noised, parts.recipe.model.patch_size)
+        loss = parts.flow.loss_sum(parts.engine(tokens, batch.condition), tokens)
+        parts.engine.backward(loss, global_count=parts.global_count(work), last=index + 1 == work.num_micro)
+        loss_sum += loss.detach()
+        uids += [uid for uid in batch.uids if uid]
+    stats = parts.engine.step(lr=learning_rate(parts.recipe.optimizer, step=work.step))
+    if not stats.skipped:
+        parts.ema.update(step=work.step)
+    return loss_sum, stats, tuple(uids)
+
+
+def build_parts(recipe: Recipe, mesh: Mesh, engine: Engine, ema: Ema, *, start: int) -> Parts:
+    """Data, objective and order for the loop."""
+    encoders = build.build_encoders(recipe)
+    streams = build.open_data(recipe, recipe.data.streams)
+    schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=mesh.dp.size, dp_index=mesh.dp.index)
+    builder = build.build_builder(recipe, streams, encoders, dropout=recipe.text.dropout)
+    return Parts(
+        recipe=recipe,
+        mesh=mesh,
+        engine=engine,
+        ema=ema,
+        flow=build.build_flow(recipe),
+        schedule=schedule,
+        loader=Loader(builder, schedule, start=start, stop=recipe.train.steps, prefetch=recipe.data.prefetch),
+        latents=[latent_shape(bucket.clip, encoders.tokenizer.strides) for bucket in recipe.data.buckets],
+        num_tokens=[bucket_tokens(recipe, index).num_tokens for index in range(len(recipe.data.buckets))],
+    )
+
+
+def advance(progress: Progress, work: Work, num_tokens: list[int], stats: StepStats) -> Progress:
+    """The progress after a step."""
+    return replace(
+        progress,
+        step=progress.step + 1,
+        samples=progress.samples + work.num_samples,
+        tokens=progress.tokens + step_tokens(work, num_tokens),
+        bad_steps=progress.bad_steps + 1 if stats.skipped else 0,
+    )
+
+
+def step_tokens(work: Work, num_tokens: list[int]) -> int:
+    """Tokens of a step over all ranks; empty slots don't count."""
+    return sum(count * tokens for count, tokens in zip(work.counts, num_tokens, strict=True))
+
+
+def traffic(mesh: Mesh) -> dict[str, int]:
+    """Bytes that our own collectives have sent so far, by group."""
+    return {g.name: sum(g.traffic.num_bytes.values()) for g in (mesh.zero, mesh.control) if g.size > 1}
+
+
+def publish(metrics: MetricsWriter, report: ProgressReport, record: StepRecord) -> None:
+    """Write and show a step."""
+    line = metrics.write(record)
+    report.step(record.step, loss=float(str(line["loss"])), grad_norm=record.grad_norm, tokens_per_second=record.tokens / record.seconds)
+    if record.skipped:
+        report.say(f"step {record.step}: the gradient norm isn't finite, the update was skipped; samples {', '.join(record.uids)}")
+
+
+def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
+    """What a start prints."""
+    recipe, shape = parts.recipe, parts.mesh.shape
+    buckets = ", ".join(
+        f"{bucket.clip} = {tokens} tokens" for bucket, tokens in zip(recipe.data.buckets, parts.num_tokens, strict=True)
+    )
+    where = f"resumes after step {progress.step}" if progress.step else "starts"
+    return [
+        f"run {run.path} {where} (attempt {run.attempt})",
+        f"mesh {shape} = {shape.world_size} ranks, ZeRO stage {recipe.zero.stage} ({recipe.zero.engine}), {recipe.precision.parameters}",
+        f"buckets: {buckets}; {recipe.data.global_batch} samples a step, {parts.schedule.waste():.1%} of the slots empty",
+    ]

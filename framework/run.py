@@ -1,0 +1,192 @@
+"""The run directory: its paths, the claim of an attempt, the stored recipe and the verdict.
+
+    RUN/recipe.yaml  lineage.json  metrics.jsonl  validation.jsonl
+        checkpoints/step-00000100/   samples/   attempts/0000/{recipe.yaml,verdict.json,logs/}
+
+An attempt is claimed by creating its directory, which only one process can do: the directory is the fence. A process whose
+attempt is no longer the newest must not commit anything.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import json
+import os
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from framework.recipe import Recipe, apply_overrides, build_recipe, flatten, load_recipe, read_layers, to_yaml
+
+# Keys that neither change the data order nor the loss nor the model: free on resume. train.steps only upward.
+FREE = (
+    "run",
+    "mesh.*",
+    "zero.*",
+    "attention.*",
+    "data.micro_batch",
+    "data.prefetch",
+    "train.*",
+    "checkpoint.*",
+    "validation.*",
+    "sampler.*",
+    "samples.*",
+    "log.*",
+    "resume.*",
+)
+
+
+class RunFailure(RuntimeError):
+    """A failure that one message explains: printed without a traceback, exit status 1."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended. step: optimizer steps done and saved. signal: what stopped it, if something did."""
+
+    outcome: Literal["done", "stopped"]
+    step: int
+    signal: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths of a run, and the number of this attempt."""
+
+    path: Path
+    attempt: int
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def attempt_path(self) -> Path:
+        return self.path / "attempts" / f"{self.attempt:04}"
+
+    def holds_fence(self) -> bool:
+        """Whether no newer attempt has claimed the run."""
+        return latest_attempt(self.path) == self.attempt
+
+    def write_verdict(self, verdict: Verdict) -> None:
+        write_atomically(self.attempt_path / "verdict.json", json.dumps(dataclasses.asdict(verdict)) + "\n")
+
+
+def latest_attempt(path: Path) -> int:
+    """The newest attempt's number, -1 when there is none."""
+    numbers = [int(p.name) for p in (path / "attempts").glob("*") if p.name.isdecimal()]
+    return max(numbers, default=-1)
+
+
+def claim_attempt(path: Path) -> int:
+    """Claim the next attempt: creates its directory, which succeeds for one process only."""
+    (path / "attempts").mkdir(parents=True, exist_ok=True)
+    while True:
+        number = latest_attempt(path) + 1
+        try:
+            (path / "attempts" / f"{number:04}").mkdir()
+        except FileExistsError:
+            continue
+        (path / "attempts" / f"{number:04}" / "logs").mkdir()
+        return number
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = path.with_name(path.name + f".{os.getpid()}.partial")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run."""
+    return (path / "recipe.yaml").is_file()
+
+
+def recipe_of_run(path: Path) -> Recipe:
+    """The recipe stored in a run."""
+    if not is_run(path):
+        raise ValueError(f"{path} is no run directory: it has no recipe.yaml")
+    return load_recipe(path / "recipe.yaml", [])
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The recipe an invocation means. notes: what a person should know of it (a differing recipe file, as a diff)."""
+
+    recipe: Recipe
+    overrides: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def resolve_invocation(recipe_path: Path, overrides: list[str]) -> Resolved:
+    """The recipe of `cuboid train RECIPE key=value ...`.
+
+    In a new run: the file under the overrides. In an existing one the stored recipe is the base and only the overrides given
+    now count; a file that differs from what the run was started with is shown as a diff.
+
+    Raises ValueError for a key that changes the data order, the loss or the model of an existing run.
+    """
+    fresh = load_recipe(recipe_path, overrides)
+    if not fresh.run:
+        raise ValueError("the recipe names no run directory: add run=DIR")
+    path = Path(fresh.run)
+    if not is_run(path):
+        return Resolved(fresh, tuple(overrides), ())
+    stored = recipe_of_run(path)
+    changed = build_recipe(apply_overrides(read_layers(path / "recipe.yaml"), overrides))
+    check_changes(stored, changed)
+    started_with = json.loads((path / "lineage.json").read_text())["overrides"]
+    notes = recipe_diff(stored, recipe_path, started_with)
+    return Resolved(changed, tuple(overrides), notes)
+
+
+def recipe_diff(stored: Recipe, recipe_path: Path, started_with: list[str]) -> tuple[str, ...]:
+    """Lines that tell how a recipe file differs from the run's stored recipe; empty when it doesn't."""
+    file = load_recipe(recipe_path, [*started_with, f"optimizer.decay_steps={stored.optimizer.decay_steps}"])
+    file = dataclasses.replace(file, run=stored.run)
+    old, new = to_yaml(stored).splitlines(), to_yaml(file).splitlines()
+    diff = list(difflib.unified_diff(old, new, "the run's stored recipe (used)", f"{recipe_path} (ignored)", n=0, lineterm=""))
+    return tuple(diff)
+
+
+def check_changes(stored: Recipe, changed: Recipe) -> None:
+    """Refuse changes to an existing run that would not be the same run."""
+    old, new = flatten(stored), flatten(changed)
+    allowed = (*FREE, *changed.resume.allow)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not any(fnmatch.fnmatch(key, pattern) for pattern in allowed):
+            raise ValueError(
+                f"{key}={new.get(key)} differs from {old.get(key)} in the run {stored.run}: it changes the data order, the loss or "
+                f"the model. Start another run (run=DIR), or say resume.allow=[{key}]"
+            )
+    if changed.train.steps < stored.train.steps:
+        raise ValueError(f"train.steps={changed.train.steps} is below the run's {stored.train.steps}: it may only grow")
+
+
+def store_recipe(run: Run, recipe: Recipe, overrides: tuple[str, ...]) -> None:
+    """Write the resolved recipe into the run and into the attempt, and once the lineage."""
+    write_atomically(run.attempt_path / "recipe.yaml", to_yaml(recipe))
+    if not (run.path / "lineage.json").exists():
+        write_atomically(run.path / "lineage.json", json.dumps(lineage(overrides), indent=1) + "\n")
+    write_atomically(run.path / "recipe.yaml", to_yaml(recipe))
+
+
+def lineage(overrides: tuple[str, ...]) -> dict[str, object]:
+    """Where a run comes from: software versions, time, command-line words, parents."""
+    packages = ("cuboid", "torch", "deepspeed", "mosaicml-streaming", "einops", "omegaconf", "numpy")
+    versions = {name: metadata.version(name) for name in packages}
+    return {"versions": versions, "created": time.time(), "overrides": list(overrides), "parents": []}
