@@ -41,7 +41,8 @@ class Condition:
 class Batch:
     """One micro-batch of one rank.
 
-    latents: `B c t h w` float32. weights: `B`, 0 for empty slots. draws and uids: B strings. positions: each sample's place among
+    latents: `B c t h w` float32. weights: `B`, 0 for empty slots. draws and uids: B strings. positions: each sample's
+    place among
     the step's samples over all ranks, -1 for empty slots.
     """
 
@@ -57,7 +58,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch after noising: latents x_sigma and target `B c t h w`, timesteps `B t` (0..1000, one a frame of patches), weights
+    """A batch after noising: latents x_sigma and target `B c t h w`, timesteps `B t` (0..1000, one a frame of
+    patches), weights
     `B`."""
 
     latents: Tensor
@@ -82,7 +84,8 @@ class TokenLayout:
 class Tokens:
     """What the transformer eats: one rank's part of the tokens of a micro-batch.
 
-    patches: `B S P`. target: `B S Q` in the order of the model's output, None when sampling. positions: `B S 3` int64 (latent
+    patches: `B S P`. target: `B S Q` in the order of the model's output, None when sampling. positions: `B S 3` int64
+    (latent
     frame, row, column). frame_index: `B S` int64 into the frames of timesteps. timesteps: `B t`. weights: `B`.
     """
 

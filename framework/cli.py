@@ -16,7 +16,7 @@ from framework.environment import Environment, read_environment, visible_gpus
 from framework.launch.local import run_local, write_failure
 from framework.parallel.config import resolve_mesh
 from framework.recipe import load_recipe
-from framework.run import Resolved, RunFailure, latest_attempt, resolve_invocation
+from framework.run import Resolved, RunFailure, resolve_invocation
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -71,7 +71,9 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
     overrides: Overrides = None,
 ) -> None:
-    """Train, or resume what the run directory holds. Starts the local ranks itself unless RANK and WORLD_SIZE are set."""
+    """Train, or resume what the run directory holds. Starts the local ranks itself unless RANK and WORLD_SIZE are
+    set.
+    """
     invocation = resolve_invocation(recipe, overrides or [])
     env = read_environment()
     if env is None:
@@ -160,7 +162,8 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if read_environment() is not None:
-        # Ranks leave without the interpreter's teardown: gloo's and the loader's threads may be waiting for a dead peer.
+        # Ranks leave without the interpreter's teardown: gloo's and the loader's threads may be waiting for a dead
+        # peer.
         os._exit(status)
     sys.exit(status)
 

@@ -1,6 +1,7 @@
 """The only reader of os.environ: what a launcher tells a rank, and what signals ask of it.
 
-The contract is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT); our own launcher adds
+The contract is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT); our own launcher
+adds
 CUBOID_FAILURES, a directory into which a failing rank writes one message, so that it is shown once and not once a rank.
 """
 
@@ -33,7 +34,9 @@ def read_environment() -> Environment | None:
     if "RANK" in missing and "WORLD_SIZE" in missing:
         return None
     if missing:
-        raise ValueError(f"the environment sets a rank but not {', '.join(missing)}: set all of {', '.join(REQUIRED)} or none")
+        raise ValueError(
+            f"the environment sets a rank but not {', '.join(missing)}: set all of {', '.join(REQUIRED)} or none"
+        )
     failures = os.environ.get("CUBOID_FAILURES")
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     return Environment(rank, world_size, local_rank, Path(failures) if failures else None)

@@ -36,10 +36,14 @@ class ProgressReport:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if not silent and sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich import progress
 
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._bar = Progress(*columns)
+            self._bar = progress.Progress(
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.description}"),
+                progress.TimeRemainingColumn(),
+            )
             self._task = self._bar.add_task("", total=last, completed=first)
             self._bar.start()
 

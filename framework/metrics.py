@@ -1,6 +1,7 @@
 """metrics.jsonl: one line a step, and TensorBoard where asked for.
 
-A step's loss is a tensor whose sum over the ranks is still under way when the step ends; it is read when the next step has been
+A step's loss is a tensor whose sum over the ranks is still under way when the step ends; it is read when the next step
+has been
 launched, so that nothing waits for it.
 """
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A finished step, counted from 1. loss_sum: summed over the ranks once `work` is done; the loss is loss_sum / count."""
+    """A finished step, counted from 1. loss_sum: summed over the ranks once `work` is done; the loss is loss_sum /
+    count.
+    """
 
     step: int
     loss_sum: Tensor
@@ -67,9 +70,9 @@ class MetricsWriter:
             self._file = (path / "metrics.jsonl").open("a")
             self._validation = path / "validation.jsonl"
             if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+                from torch.utils import tensorboard as board
 
-                self._board = SummaryWriter(str(path / "tensorboard"), purge_step=start)
+                self._board = board.SummaryWriter(str(path / "tensorboard"), purge_step=start)
 
     def write(self, record: StepRecord) -> dict[str, object]:
         """Read a step's numbers and append its line."""
@@ -100,7 +103,9 @@ class MetricsWriter:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the lines beyond `step`: an attempt that was killed after its last checkpoint wrote steps that are run again."""
+    """Drop the lines beyond `step`: an attempt that was killed after its last checkpoint wrote steps that are run
+    again.
+    """
     if not path.exists():
         return
     lines = path.read_text().splitlines()

@@ -26,7 +26,9 @@ def decays(name: str, num_dims: int) -> bool:
 
 
 def learning_rate(config: OptimizerConfig, *, step: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then constant, linear or cosine to lr * final at decay_steps."""
+    """The rate of step `step` (from 0): linear warm-up, then constant, linear or cosine to lr * final at
+    decay_steps.
+    """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":

@@ -2,7 +2,8 @@
 
     defaults < base files (depth first) < the file < key=value
 
-A recipe is YAML merged on the dataclasses below by OmegaConf. `base:` names files relative to the file itself. Dicts merge,
+A recipe is YAML merged on the dataclasses below by OmegaConf. `base:` names files relative to the file itself. Dicts
+merge,
 lists replace. Unknown keys and wrong types are refused with the key and the file. An alternative is a `name` beside one
 section for each choice: choosing another name drops the sections of the old one, setting a section that isn't chosen is
 an error. Nothing here imports torch: every mistake that can be seen in a recipe is found before a process starts.
@@ -22,7 +23,7 @@ from framework.checkpoint.config import CheckpointConfig
 from framework.data.config import DataConfig
 from framework.diffusion.config import FlowConfig, LossConfig, SamplerConfig, SamplesConfig
 from framework.evaluate.config import ValidationConfig
-from framework.kernels.config import AttentionConfig
+from framework.kernels.config import AttentionConfig, resolve_attention
 from framework.models.config import ModelConfig
 from framework.parallel.config import MeshConfig
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig
@@ -36,7 +37,8 @@ Tree = dict[str, Any]
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW. clip: largest global gradient norm, 0 = off. warmup: steps. schedule: what follows the warm-up, down to
-    lr * final at decay_steps (auto: the train.steps that the run starts with, so that raising them later changes nothing)."""
+    lr * final at decay_steps (auto: the train.steps that the run starts with, so that raising them later changes
+    nothing)."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -62,8 +64,10 @@ class EmaConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """steps: optimizer steps. deterministic: only kernels with a fixed order of summation. collect_garbage_every: steps between
-    Python's garbage collections, which are otherwise off. max_bad_steps: updates skipped in a row (norm not finite) before the
+    """steps: optimizer steps. deterministic: only kernels with a fixed order of summation. collect_garbage_every:
+    steps between
+    Python's garbage collections, which are otherwise off. max_bad_steps: updates skipped in a row (norm not finite)
+    before the
     run stops."""
 
     steps: int = 1000
@@ -229,7 +233,9 @@ def choose_alternatives(node: Any, key: str) -> Any:
             if item.name == node.name and value is None:
                 changes[item.name] = section_type(item)()
             elif item.name != node.name and value is not None:
-                raise ValueError(f"{inner} is set but {key}.name is {node.name!r}: set {key}.name={item.name} or leave {inner} out")
+                raise ValueError(
+                    f"{inner} is set but {key}.name is {node.name!r}: set {key}.name={item.name} or leave {inner} out"
+                )
         elif dataclasses.is_dataclass(value):
             changes[item.name] = choose_alternatives(value, inner)
     return dataclasses.replace(node, **changes)
@@ -249,20 +255,24 @@ def section_type(item: dataclasses.Field[Any]) -> type:
 def check_recipe(recipe: Recipe) -> None:
     """Everything that can be seen from the recipe alone, across its sections. Raises ValueError."""
     for name in ("ring", "ulysses", "tp"):
-        if getattr(recipe.mesh, name) != 1:
-            raise ValueError(f"mesh.{name}={getattr(recipe.mesh, name)}: not yet; this release is data parallel only, set mesh.{name}=1")
+        degree = getattr(recipe.mesh, name)
+        if degree != 1:
+            raise ValueError(f"mesh.{name}={degree}: not yet; this release is data parallel only, set mesh.{name}=1")
     for name, values in (("streams", recipe.data.streams), ("buckets", recipe.data.buckets)):
         if not values:
             raise ValueError(f"data.{name} is empty: name at least one of them")
     channels, model = tokenizer_channels(recipe.tokenizer), recipe.model
     if (model.in_channels, model.out_channels or model.in_channels) != (channels, channels):
         raise ValueError(
-            f"the tokenizer {recipe.tokenizer.name!r} has {channels} latent channels but the model takes {model.in_channels} and "
-            f"gives {model.out_channels}: set model.in_channels={channels} model.out_channels={channels}"
+            f"the tokenizer {recipe.tokenizer.name!r} has {channels} latent channels but the model takes "
+            f"{model.in_channels} and gives {model.out_channels}: set model.in_channels={channels} model.out_channels={channels}"
         )
     width = text_width(recipe.text)
     if width is not None and model.text_dim != width:
-        raise ValueError(f"the text encoder {recipe.text.name!r} is {width} wide: set model.text_dim={width} (it is {model.text_dim})")
+        raise ValueError(
+            f"the text encoder {recipe.text.name!r} is {width} wide, the model's text_dim {model.text_dim}: "
+            f"set model.text_dim={width}"
+        )
     for index in range(len(recipe.data.buckets)):
         bucket_tokens(recipe, index)
 
@@ -281,7 +291,7 @@ def resolve_auto(recipe: Recipe) -> Recipe:
     optimizer = recipe.optimizer
     if optimizer.decay_steps == "auto":
         optimizer = dataclasses.replace(optimizer, decay_steps=recipe.train.steps)
-    return dataclasses.replace(recipe, optimizer=optimizer)
+    return dataclasses.replace(recipe, optimizer=optimizer, attention=resolve_attention(recipe.attention))
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -3,7 +3,8 @@
     RUN/recipe.yaml  lineage.json  metrics.jsonl  validation.jsonl
         checkpoints/step-00000100/   samples/   attempts/0000/{recipe.yaml,verdict.json,logs/}
 
-An attempt is claimed by creating its directory, which only one process can do: the directory is the fence. A process whose
+An attempt is claimed by creating its directory, which only one process can do: the directory is the fence. A process
+whose
 attempt is no longer the newest must not commit anything.
 """
 
@@ -135,7 +136,8 @@ class Resolved:
 def resolve_invocation(recipe_path: Path, overrides: list[str]) -> Resolved:
     """The recipe of `cuboid train RECIPE key=value ...`.
 
-    In a new run: the file under the overrides. In an existing one the stored recipe is the base and only the overrides given
+    In a new run: the file under the overrides. In an existing one the stored recipe is the base and only the overrides
+    given
     now count; a file that differs from what the run was started with is shown as a diff.
 
     Raises ValueError for a key that changes the data order, the loss or the model of an existing run.
@@ -159,7 +161,9 @@ def recipe_diff(stored: Recipe, recipe_path: Path, started_with: list[str]) -> t
     file = load_recipe(recipe_path, [*started_with, f"optimizer.decay_steps={stored.optimizer.decay_steps}"])
     file = dataclasses.replace(file, run=stored.run)
     old, new = to_yaml(stored).splitlines(), to_yaml(file).splitlines()
-    diff = list(difflib.unified_diff(old, new, "the run's stored recipe (used)", f"{recipe_path} (ignored)", n=0, lineterm=""))
+    diff = list(
+        difflib.unified_diff(old, new, "the run's stored recipe (used)", f"{recipe_path} (ignored)", n=0, lineterm="")
+    )
     return tuple(diff)
 
 
@@ -170,8 +174,8 @@ def check_changes(stored: Recipe, changed: Recipe) -> None:
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not any(fnmatch.fnmatch(key, pattern) for pattern in allowed):
             raise ValueError(
-                f"{key}={new.get(key)} differs from {old.get(key)} in the run {stored.run}: it changes the data order, the loss or "
-                f"the model. Start another run (run=DIR), or say resume.allow=[{key}]"
+                f"{key}={new.get(key)} differs from {old.get(key)} in the run {stored.run}: it changes the data order, "
+                f"the loss or the model. Start another run (run=DIR), or say resume.allow=[{key}]"
             )
     if changed.train.steps < stored.train.steps:
         raise ValueError(f"train.steps={changed.train.steps} is below the run's {stored.train.steps}: it may only grow")

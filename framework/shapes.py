@@ -57,7 +57,9 @@ class TokenShape:
 
 
 def valid_frames(frames: int, strides: Strides) -> tuple[int, int]:
-    """The nearest frame counts at or below and at or above `frames` that the tokenizer takes (at least one latent frame)."""
+    """The nearest frame counts at or below and at or above `frames` that the tokenizer takes (at least one latent
+    frame).
+    """
     first = 1 if strides.causal else strides.time
     below = first + max(0, frames - first) // strides.time * strides.time
     above = below if below >= frames else below + strides.time
@@ -79,7 +81,9 @@ def latent_shape(clip: ClipShape, strides: Strides) -> LatentShape:
     for name, size, stride in (("height", clip.height, strides.height), ("width", clip.width, strides.width)):
         if size < stride or size % stride:
             low = max(stride, size // stride * stride)
-            raise ValueError(f"{name} {size} isn't a multiple of the stride {stride}; the nearest are {low} and {low + stride}")
+            raise ValueError(
+                f"{name} {size} isn't a multiple of the stride {stride}; the nearest are {low} and {low + stride}"
+            )
     frames = (clip.frames - 1) // strides.time + 1 if strides.causal else clip.frames // strides.time
     return LatentShape(frames, clip.height // strides.height, clip.width // strides.width)
 
@@ -92,5 +96,7 @@ def token_shape(latent: LatentShape, patch_size: tuple[int, int, int]) -> TokenS
     sizes = (latent.frames, latent.height, latent.width)
     for name, size, patch in zip(("frames", "height", "width"), sizes, patch_size, strict=True):
         if size % patch:
-            raise ValueError(f"latent {name} {size} isn't a multiple of the model's patch size {patch} (patch_size {patch_size})")
+            raise ValueError(
+                f"latent {name} {size} isn't a multiple of the model's patch size {patch} (patch_size {patch_size})"
+            )
     return TokenShape(*(size // patch for size, patch in zip(sizes, patch_size, strict=True)))

@@ -1,10 +1,13 @@
 """Fragments through torch's distributed checkpoint (DCP): every rank writes and reads the boxes it holds.
 
-A checkpoint holds fp32 tensors under global names ("model.*", "exp_avg.*", "exp_avg_sq.*", "ema.*") with their global shapes,
-so any mesh, ZeRO stage or engine can read it, and so can plain `torch.distributed.checkpoint.load` in one process. Nothing is
+A checkpoint holds fp32 tensors under global names ("model.*", "exp_avg.*", "exp_avg_sq.*", "ema.*") with their global
+shapes,
+so any mesh, ZeRO stage or engine can read it, and so can plain `torch.distributed.checkpoint.load` in one process.
+Nothing is
 gathered and no byte is written twice.
 
-The state dict handed to DCP holds one flat tensor a key; the planner turns it into boxes by the fragment's coordinates alone,
+The state dict handed to DCP holds one flat tensor a key; the planner turns it into boxes by the fragment's coordinates
+alone,
 so that DCP may stage the tensors (copy them) between planning and writing.
 """
 
@@ -15,10 +18,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     SavePlan,
@@ -27,6 +36,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from framework.parallel.fragments import Fragment
 
@@ -48,7 +59,9 @@ class FragmentSavePlanner(DefaultSavePlanner):
         self._fragments = {fragment.key: fragment for fragment in fragments if fragment.shard.owner}
         self._views: dict[BoxKey, Tensor] = {}
 
-    def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
         """Take the flat tensors that DCP hands in, which may be staged copies."""
         staged = [dataclasses.replace(f, flat=state_dict[key]) for key, f in self._fragments.items()]
         self._views = {(key, offset): view for key, offset, view in boxes_by_key(staged)}
@@ -97,18 +110,21 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
         items = list(plan.items)
         for key, fragment in self._fragments.items():
             stored = self.metadata.state_dict_metadata.get(key)
-            if stored is None:
+            if not isinstance(stored, TensorStorageMetadata):
                 raise ValueError(f"the checkpoint has no tensor {key}")
-            if tuple(stored.size) != fragment.shard.global_shape:  # type: ignore[union-attr]
-                raise ValueError(f"{key} is {tuple(stored.size)} in the checkpoint, {fragment.shard.global_shape} in the model")  # type: ignore[union-attr]
+            if tuple(stored.size) != fragment.shard.global_shape:
+                there, here = tuple(stored.size), fragment.shard.global_shape
+                raise ValueError(f"{key} has the shape {there} in the checkpoint, {here} in the model")
             boxes = [(torch.Size(offset), view) for offset, view in fragment.global_boxes()]
             self._views |= {(key, offset): view for offset, view in boxes}
             chunks = [ChunkStorageMetadata(offset, view.size()) for offset, view in boxes]
-            reads = create_read_items_for_chunk_list(key, stored, chunks)  # type: ignore[arg-type]
+            reads = create_read_items_for_chunk_list(key, stored, chunks)
             # DCP reads what overlaps and leaves the rest as it was: count the elements.
             covered = sum(item.lengths.numel() for item in reads)
             if covered != fragment.flat.numel():
-                raise ValueError(f"the checkpoint covers {covered} of the {fragment.flat.numel()} elements needed of {key}")
+                raise ValueError(
+                    f"the checkpoint covers {covered} of the {fragment.flat.numel()} elements needed of {key}"
+                )
             items += reads
         return dataclasses.replace(plan, items=items)
 
@@ -120,11 +136,13 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
 def save_fragments(path: Path, fragments: list[Fragment], group: dist.ProcessGroup | None) -> None:
     """Write the fragments of all ranks of a CPU process group into `path`. A collective."""
     state = {fragment.key: fragment.flat for fragment in fragments if fragment.shard.owner}
-    writer = dcp.FileSystemWriter(path, single_file_per_rank=True, thread_count=1)
-    dcp.save(state, storage_writer=writer, planner=FragmentSavePlanner(fragments), process_group=group)
+    writer = FileSystemWriter(path, single_file_per_rank=True, thread_count=1)
+    save(state, storage_writer=writer, planner=FragmentSavePlanner(fragments), process_group=group)
 
 
 def load_fragments(path: Path, fragments: list[Fragment], group: dist.ProcessGroup | None) -> None:
-    """Fill the fragments in place from `path`. A collective. Raises ValueError on a missing or partly covered tensor."""
+    """Fill the fragments in place from `path`. A collective. Raises ValueError on a missing or partly covered
+    tensor.
+    """
     state = {fragment.key: fragment.flat for fragment in fragments}
-    dcp.load(state, storage_reader=dcp.FileSystemReader(path), planner=FragmentLoadPlanner(fragments), process_group=group)
+    load(state, storage_reader=FileSystemReader(path), planner=FragmentLoadPlanner(fragments), process_group=group)

@@ -42,7 +42,9 @@ class Checkpoints:
         self._shape = {"dp": shape.dp, "ring": shape.ring, "ulysses": shape.ulysses, "tp": shape.tp}
 
     def latest(self) -> Found | None:
-        """The newest valid checkpoint, the same on every rank. Raises ValueError when it is of another mesh or stage."""
+        """The newest valid checkpoint, the same on every rank. Raises ValueError when it is of another mesh or
+        stage.
+        """
         found = valid_checkpoints(self._run.checkpoints)[-1:] if self._mesh.rank == 0 else []
         newest = broadcast_object(found, self._mesh.control)
         if newest:
@@ -105,8 +107,8 @@ def check_same_mesh(manifest: Manifest, shape: dict[str, int], stage: int) -> No
         names = {"stage": "zero.stage"} | {axis: f"mesh.{axis}" for axis in shape}
         fix = " ".join(f"{names[k]}={there[k]}" for k in here if here[k] != there[k])
         raise ValueError(
-            f"the run's newest checkpoint is of {there}, this start is {here}: resuming on another mesh or ZeRO stage isn't there "
-            f"yet; resume with {fix}"
+            f"the run's newest checkpoint is of {there}, this start is {here}: resuming on another mesh or ZeRO stage "
+            f"isn't there yet; resume with {fix}"
         )
 
 

@@ -18,4 +18,7 @@ def encode_lines(report: EncodeReport) -> list[str]:
     lines = [f"{report.out}: {count} clips of {bucket}" for bucket, count in report.num_samples.items()]
     lines += [f"skipped {misfit.uid}: {misfit.reason}, {misfit.detail}" for misfit in report.misfits]
     uncovered = sum(tail.frames for tail in report.tails)
-    return [*lines, f"{uncovered} frames at the ends of {len(report.tails)} videos not covered ({report.out / 'report.json'})"]
+    return [
+        *lines,
+        f"{uncovered} frames at the ends of {len(report.tails)} videos not covered ({report.out / 'report.json'})",
+    ]

@@ -1,9 +1,12 @@
 """Buckets as views: which samples of which stream can take a bucket's shape.
 
-A video fits when it has frames enough (at the bucket's rate) and is at least as high and wide: nothing is upscaled. A latent
-fits when it was encoded at exactly the bucket's shape. A sample may fit several buckets; a bucket without any is refused.
+A video fits when it has frames enough (at the bucket's rate) and is at least as high and wide: nothing is upscaled. A
+latent
+fits when it was encoded at exactly the bucket's shape. A sample may fit several buckets; a bucket without any is
+refused.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,8 +32,8 @@ def open_streams(configs: list[StreamConfig], *, tokenizer_version: str) -> list
         version = stream.shards.tokenizer_version
         if stream.shards.schema == LATENT_SCHEMA and version != tokenizer_version:
             raise ValueError(
-                f"{stream.config.path} holds latents of the tokenizer {version}, the recipe's is {tokenizer_version}: encode it again "
-                f"with `cuboid encode`, or choose the recipe's tokenizer to match"
+                f"{stream.config.path} holds latents of the tokenizer {version}, the recipe's is {tokenizer_version}: "
+                f"encode it again with `cuboid encode`, or choose the recipe's tokenizer to match"
             )
     return streams
 
@@ -54,7 +57,8 @@ def bucket_views(streams: list[Stream], buckets: list[BucketConfig]) -> list[lis
             largest = ", ".join("x".join(map(str, shape)) for shape in shapes)
             raise ValueError(
                 f"no sample fits the bucket {bucket.clip}: the {len(infos)} samples of the streams are {largest}"
-                f"{', ...' if len(infos) > len(shapes) else ''} (frames x height x width); latents need exactly the bucket's shape"
+                f"{', ...' if len(infos) > len(shapes) else ''} (frames x height x width); latents need exactly the "
+                f"bucket's shape"
             )
     return views
 
@@ -64,5 +68,5 @@ def view_of(stream: Stream, index: int, bucket: BucketConfig) -> View:
     latent = stream.shards.schema == LATENT_SCHEMA
     kept = np.array([fits(info, bucket, latent=latent) for info in stream.shards.infos], dtype=bool)
     edges = np.cumsum([0, *stream.shards.shard_sizes])
-    by_shard = tuple(np.flatnonzero(kept[a:b]) + a for a, b in zip(edges[:-1], edges[1:], strict=True))
+    by_shard = tuple(np.flatnonzero(kept[a:b]) + a for a, b in itertools.pairwise(edges))
     return View(f"{index}/{bucket.clip}@{bucket.fps}", by_shard)

@@ -14,7 +14,9 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
-            raise ValueError(f"data.streams: weight {self.weight} of {self.path!r} must be above 0; leave the stream out instead")
+            raise ValueError(
+                f"data.streams: weight {self.weight} of {self.path!r} must be above 0; leave the stream out instead"
+            )
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class BucketConfig:
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
-            raise ValueError(f"data.buckets: weight {self.weight} of {self.clip} must be above 0; leave the bucket out instead")
+            raise ValueError(
+                f"data.buckets: weight {self.weight} of {self.clip} must be above 0; leave the bucket out instead"
+            )
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"data.buckets: fps {self.fps} of {self.clip} must be above 0")
 
@@ -43,7 +47,8 @@ class BucketConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """streams and buckets: at least one each. global_batch: samples a step over all ranks. micro_batch: samples of one forward
+    """streams and buckets: at least one each. global_batch: samples a step over all ranks. micro_batch: samples of one
+    forward
     of one rank. window: shards whose samples are shuffled together. prefetch: micro-batches prepared ahead."""
 
     streams: list[StreamConfig] = field(default_factory=list)

@@ -1,11 +1,15 @@
 """The order of samples: a keyed permutation in two levels, computed by index.
 
-Shards are permuted, then the samples of a window of consecutive permuted shards are permuted among themselves, so that reading
-stays near a few shards while neighbours in the order come from many. Nothing is shuffled in memory: each level is a bijection
+Shards are permuted, then the samples of a window of consecutive permuted shards are permuted among themselves, so that
+reading
+stays near a few shards while neighbours in the order come from many. Nothing is shuffled in memory: each level is a
+bijection
 of integers that is evaluated at one index, so any position of any epoch is found at once and no state is saved.
 
-The bijection is a four-round Feistel network over the next even power of two, walked along its cycle until it lands inside
-(cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). The round function is SplitMix64's
+The bijection is a four-round Feistel network over the next even power of two, walked along its cycle until it lands
+inside
+(cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). The round function is
+SplitMix64's
 finaliser (Steele et al., OOPSLA 2014).
 """
 
@@ -73,7 +77,9 @@ class Order:
         window = int(np.searchsorted(starts, position, side="right")) - 1
         members = shards[window * self.window : (window + 1) * self.window]
         size = sum(len(self.view.by_shard[shard]) for shard in members)
-        inside = permute(position - int(starts[window]), size, key(self.seed, "window", uid=f"{self.view.name}/{window}", step=epoch))
+        inside = permute(
+            position - int(starts[window]), size, key(self.seed, "window", uid=f"{self.view.name}/{window}", step=epoch)
+        )
         for shard in members:
             indices = self.view.by_shard[shard]
             if inside < len(indices):
@@ -101,7 +107,8 @@ def epoch_layout(order: Order, epoch: int) -> tuple[list[int], np.ndarray]:
 class Mixture:
     """Which component every slot of an infinite sequence belongs to, by a low-discrepancy sequence.
 
-    Slot n lies at frac(offset + n * golden ratio) in 64-bit integers (Weyl's sequence): any run of n slots holds each component
+    Slot n lies at frac(offset + n * golden ratio) in 64-bit integers (Weyl's sequence): any run of n slots holds each
+    component
     within O(log n) of its share, and n is random access.
     """
 

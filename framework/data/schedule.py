@@ -1,8 +1,11 @@
 """What happens in a step, as a pure function of (seed, step, the recipe's data keys): schedule[step] -> Work.
 
-A step has `global_batch` slots. A low-discrepancy sequence gives each slot its bucket, another each draw of a bucket its stream,
-and the order gives each draw of a stream's view its sample. Only then the mesh comes in: the slots of a bucket are dealt to the
-dp ranks in turn and cut into micro-batches, the same number on every rank. A rank without a slot left gets an empty one, which
+A step has `global_batch` slots. A low-discrepancy sequence gives each slot its bucket, another each draw of a bucket
+its stream,
+and the order gives each draw of a stream's view its sample. Only then the mesh comes in: the slots of a bucket are
+dealt to the
+dp ranks in turn and cut into micro-batches, the same number on every rank. A rank without a slot left gets an empty
+one, which
 weighs nothing.
 """
 
@@ -102,7 +105,9 @@ class Schedule:
 
 
 def deal(bucket: int, members: list[Slot], *, dp: int, dp_index: int, size: int) -> list[MicroBatch]:
-    """One dp rank's share of a bucket's slots, in micro-batches of at most `size`: as many, of the same sizes, on every rank."""
+    """One dp rank's share of a bucket's slots, in micro-batches of at most `size`: as many, of the same sizes, on
+    every rank.
+    """
     rows = -(-len(members) // dp)
     padded = [*members, *[None] * (rows * dp - len(members))]
     mine = padded[dp_index::dp]

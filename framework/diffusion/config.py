@@ -14,7 +14,9 @@ class LogitNormalConfig:
 
 @dataclass(frozen=True)
 class TimestepsConfig:
-    """Distribution of the noise level sigma in (0, 1). stratified: the samples of a step share out (0, 1) among them."""
+    """Distribution of the noise level sigma in (0, 1). stratified: the samples of a step share out (0, 1) among
+    them.
+    """
 
     name: Literal["uniform", "logit_normal"] = "uniform"
     logit_normal: LogitNormalConfig | None = None
@@ -68,7 +70,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Euler steps; guidance 1 needs no unconditional pass; shift None takes the training shift. fps of the file written: None takes
+    """Euler steps; guidance 1 needs no unconditional pass; shift None takes the training shift. fps of the file
+    written: None takes
     the first bucket's, else 24."""
 
     steps: int = 30
@@ -83,7 +86,9 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """Videos sampled while training, from the live weights, in the shape of the first bucket. every: steps, 0 = never."""
+    """Videos sampled while training, from the live weights, in the shape of the first bucket. every: steps, 0 =
+    never.
+    """
 
     every: int = 0
     prompts: list[str] = field(default_factory=list)
@@ -91,4 +96,6 @@ class SamplesConfig:
 
     def __post_init__(self) -> None:
         if self.every > 0 and not self.prompts:
-            raise ValueError(f"samples.every={self.every} but samples.prompts is empty: give it prompts, or set samples.every=0")
+            raise ValueError(
+                f"samples.every={self.every} but samples.prompts is empty: give it prompts, or set samples.every=0"
+            )

@@ -45,7 +45,10 @@ class Flow:
         """Noise a training batch."""
         shape = tuple(batch.latents.shape[1:])
         noises = torch.stack([keyed_noise(key(self._seed, "noise", uid=d, step=step), shape) for d in batch.draws])
-        sigmas = [self._sigma(draw, place, batch.latent, step) for draw, place in zip(batch.draws, batch.positions, strict=True)]
+        sigmas = [
+            self._sigma(draw, place, batch.latent, step)
+            for draw, place in zip(batch.draws, batch.positions, strict=True)
+        ]
         return self.mix(batch, noises, sigmas)
 
     def mix(self, batch: Batch, noises: Tensor, sigmas: list[float]) -> Noised:
@@ -63,7 +66,9 @@ class Flow:
         )
 
     def loss_sum(self, prediction_bsq: Tensor, tokens: Tokens) -> Tensor:
-        """The local sum of the weighted squared errors; divided by `global_count` it is this rank's part of the loss."""
+        """The local sum of the weighted squared errors; divided by `global_count` it is this rank's part of the
+        loss.
+        """
         return self.losses(prediction_bsq, tokens).sum()
 
     def losses(self, prediction_bsq: Tensor, tokens: Tokens) -> Tensor:

@@ -5,6 +5,7 @@
 (arXiv 2503.20314, section 4.2; guidance: arXiv 2207.12598). Guidance 1 runs the conditional pass alone.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,7 @@ def euler(noise: Tensor, conditional: Velocity, unconditional: Velocity, config:
     """Noise `B c t h w` -> latents. k: the shift, where the sampler's config doesn't set one."""
     levels = sigmas(config.steps, config.shift if config.shift is not None else k)
     latents = noise
-    for now, then in zip(levels[:-1], levels[1:], strict=True):
+    for now, then in itertools.pairwise(levels):
         velocity = conditional(latents, now)
         if config.guidance != 1:
             without = unconditional(latents, now)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """every: steps, 0 = never. shards: directories of held-out clips. samples: clips a bucket. sigmas: noise levels each.
+    """every: steps, 0 = never. shards: directories of held-out clips. samples: clips a bucket. sigmas: noise levels
+    each.
 
     held_out: refuse when a clip is also trained on; only a recipe that overfits on purpose sets it to false.
     """
@@ -18,6 +19,10 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         if self.every > 0 and not self.shards:
-            raise ValueError(f"validation.every={self.every} but validation.shards is empty: name a directory of shards, or set 0")
+            raise ValueError(
+                f"validation.every={self.every} but validation.shards is empty: name a directory of shards, or set 0"
+            )
         if self.samples < 1 or self.sigmas < 1:
-            raise ValueError(f"validation.samples={self.samples} and validation.sigmas={self.sigmas} must be at least 1")
+            raise ValueError(
+                f"validation.samples={self.samples} and validation.sigmas={self.sigmas} must be at least 1"
+            )

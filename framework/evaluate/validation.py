@@ -1,6 +1,7 @@
 """The loss on held-out clips, as a number that can be compared across steps, meshes and runs.
 
-Every clip is noised at the same stratified levels, the quantiles (j + 1/2) / n of the training distribution, with noise keyed by the
+Every clip is noised at the same stratified levels, the quantiles (j + 1/2) / n of the training distribution, with
+noise keyed by the
 clip and j. So the value depends on the weights alone: not on the step, the mesh or luck.
 """
 
@@ -33,7 +34,9 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """by_sigma[bucket][j]: mean loss of a bucket at its j-th noise level. sigmas likewise. loss: the mean over clips and levels."""
+    """by_sigma[bucket][j]: mean loss of a bucket at its j-th noise level. sigmas likewise. loss: the mean over clips
+    and levels.
+    """
 
     loss: float
     buckets: tuple[str, ...]
@@ -61,7 +64,8 @@ class Validation:
         self._buckets, self._seed, self._patch_size = buckets, seed, patch_size
         self._slots = held_out_slots(streams, buckets, config.samples, seed)
         self._micro = [
-            deal(b, slots, dp=mesh.dp.size, dp_index=mesh.dp.index, size=micro_batch) for b, slots in enumerate(self._slots)
+            deal(b, slots, dp=mesh.dp.size, dp_index=mesh.dp.index, size=micro_batch)
+            for b, slots in enumerate(self._slots)
         ]
 
     @torch.no_grad()
@@ -124,7 +128,9 @@ def held_out_slots(streams: list[Stream], buckets: list[BucketConfig], samples: 
 def check_held_out(training: list[Stream], held_out: list[Stream]) -> None:
     """Raises ValueError naming a clip that is both trained on and validated on. Segments count as their video."""
     trained = {info.uid.split("@")[0] for stream in training for info in stream.shards.infos}
-    shared = sorted({info.uid for stream in held_out for info in stream.shards.infos if info.uid.split("@")[0] in trained})
+    shared = sorted(
+        {info.uid for stream in held_out for info in stream.shards.infos if info.uid.split("@")[0] in trained}
+    )
     if shared:
         raise ValueError(
             f"{len(shared)} of the validation clips are also trained on, {shared[0]} for one: hold them out, or set "

@@ -64,7 +64,9 @@ def resolve_mesh(config: MeshConfig, *, num_ranks: int | None, num_gpus: int = 0
     shape = MeshShape(dp, config.ring, config.ulysses, config.tp)
     if num_ranks is not None and shape.world_size != num_ranks:
         fits = num_ranks // replica
-        fix = f"mesh.dp={fits} uses {fits * replica} of the ranks" if fits else f"one replica alone needs {replica} ranks"
+        fix = (
+            f"mesh.dp={fits} uses {fits * replica} of the ranks" if fits else f"one replica alone needs {replica} ranks"
+        )
         raise ValueError(
             f"dp * ring * ulysses * tp == world_size doesn't hold: {config.dp} * {config.ring} * {config.ulysses} * "
             f"{config.tp} against {num_ranks} ranks; {fix}"

@@ -5,7 +5,8 @@
 that is `arange(world).view(dp, ring, ulysses, tp)`: tp innermost, then Ulysses (both inside the link domain), ring
 across, dp outermost. Every group is a set of axes that vary while the others stay:
 
-    tp | ulysses | ring | cp = ring x ulysses | replica = cp x tp (the ranks of one sample) | dp | zero = dp x cp | world
+    tp | ulysses | ring | cp = ring x ulysses | replica = cp x tp (the ranks of one sample) | dp | zero = dp x cp |
+    world
 
 `control` is world on gloo, for flags and plans. Two groups with the same ranks share one process group, so the names
 cost no communicator.
@@ -89,16 +90,24 @@ def group_ranks(shape: MeshShape, axes: tuple[str, ...]) -> list[tuple[int, ...]
     return [tuple(int(rank) for rank in row) for row in rows]
 
 
+def new_group(ranks: tuple[int, ...], *, backend: str | None = None) -> dist.ProcessGroup | None:
+    """A process group of some ranks; None on the ranks outside it. A collective over the world."""
+    group = dist.new_group(list(ranks), backend=backend)
+    return group if isinstance(group, dist.ProcessGroup) else None
+
+
 def build_mesh(shape: MeshShape, rank: int) -> Mesh:
-    """Make the groups; torch.distributed must be initialised with `shape.world_size` ranks. Collective over the world."""
+    """Make the groups; torch.distributed must be initialised with `shape.world_size` ranks. Collective over the
+    world.
+    """
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(shape.world_size)): dist.group.WORLD}
     groups: dict[str, Group] = {}
     for name, axes in GROUP_AXES.items():
         for ranks in group_ranks(shape, axes):
             if ranks not in made:
-                made[ranks] = dist.new_group(list(ranks))
+                made[ranks] = new_group(ranks)
             if rank in ranks:
                 groups[name] = Group(name, ranks, ranks.index(rank), made[ranks])
     world = groups["world"]
-    control = Group("control", world.ranks, rank, dist.new_group(list(world.ranks), backend="gloo"))
+    control = Group("control", world.ranks, rank, new_group(world.ranks, backend="gloo"))
     return Mesh(shape=shape, rank=rank, control=control, **groups)

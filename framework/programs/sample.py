@@ -90,7 +90,8 @@ def load_model(recipe: Recipe, found: Found, *, weights: Literal["ema", "raw"], 
     model.to_empty(device="cpu")
     state = "ema" if weights == "ema" else "model"
     fragments = [
-        Fragment(state, ParameterShard.whole(name, tuple(p.shape)), 0, p.data.view(-1)) for name, p in model.named_parameters()
+        Fragment(state, ParameterShard.whole(name, tuple(parameter.shape)), 0, parameter.data.view(-1))
+        for name, parameter in model.named_parameters()
     ]
     load_fragments(found.path, fragments, None)
     return model.to(device=device, dtype=getattr(torch, recipe.precision.parameters)).eval()

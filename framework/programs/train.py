@@ -45,7 +45,9 @@ class Parts:
 
     def global_count(self, work: Work) -> float:
         """What the step's sum of losses is divided by: a pure function of the schedule."""
-        return self.flow.global_count(work.counts, self.latents, self.recipe.model.out_channels or self.recipe.model.in_channels)
+        return self.flow.global_count(
+            work.counts, self.latents, self.recipe.model.out_channels or self.recipe.model.in_channels
+        )
 
 
 def train(invocation: Resolved, env: Environment) -> Verdict:
@@ -72,7 +74,9 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
         report.say(text)
     metrics = MetricsWriter(run.path, start=progress.step, writes=mesh.rank == 0, tensorboard=recipe.log.tensorboard)
     try:
-        progress, stopped = loop(parts, progress, checkpoints, observer=observer, metrics=metrics, report=report, stop=stop)
+        progress, stopped = loop(
+            parts, progress, checkpoints, observer=observer, metrics=metrics, report=report, stop=stop
+        )
     finally:
         parts.loader.close()
         report.close()
@@ -135,7 +139,9 @@ def loop(
             publish(metrics, report, pending)
             pending = None
         if progress.bad_steps >= recipe.train.max_bad_steps:
-            raise RunFailure(f"{progress.bad_steps} updates in a row had a gradient norm that isn't finite, up to step {progress.step}")
+            raise RunFailure(
+                f"up to step {progress.step}, {progress.bad_steps} updates in a row had a gradient norm that isn't finite"
+            )
         observer.observe(progress.step, metrics, report)
         if progress.step % recipe.checkpoint.every == 0 or progress.step == last or stopped:
             checkpoints.save([*parts.engine.fragments(), *parts.ema.fragments()], progress)
@@ -205,9 +211,14 @@ def traffic(mesh: Mesh) -> dict[str, int]:
 def publish(metrics: MetricsWriter, report: ProgressReport, record: StepRecord) -> None:
     """Write and show a step."""
     line = metrics.write(record)
-    report.step(record.step, loss=float(str(line["loss"])), grad_norm=record.grad_norm, tokens_per_second=record.tokens / record.seconds)
+    report.step(
+        record.step,
+        loss=float(str(line["loss"])),
+        grad_norm=record.grad_norm,
+        tokens_per_second=record.tokens / record.seconds,
+    )
     if record.skipped:
-        report.say(f"step {record.step}: the gradient norm isn't finite, the update was skipped; samples {', '.join(record.uids)}")
+        report.say(f"step {record.step}: gradient norm not finite, update skipped; samples {', '.join(record.uids)}")
 
 
 def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
@@ -219,6 +230,7 @@ def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
     where = f"resumes after step {progress.step}" if progress.step else "starts"
     return [
         f"run {run.path} {where} (attempt {run.attempt})",
-        f"mesh {shape} = {shape.world_size} ranks, ZeRO stage {recipe.zero.stage} ({recipe.zero.engine}), {recipe.precision.parameters}",
-        f"buckets: {buckets}; {recipe.data.global_batch} samples a step, {parts.schedule.waste():.1%} of the slots empty",
+        f"mesh {shape} = {shape.world_size} ranks, ZeRO stage {recipe.zero.stage} ({recipe.zero.engine}), "
+        f"{recipe.precision.parameters}",
+        f"buckets: {buckets}; {recipe.data.global_batch} samples a step, {parts.schedule.waste():.1%} of slots empty",
     ]

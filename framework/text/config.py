@@ -22,7 +22,8 @@ class MinilmConfig:
 class HfConfig:
     """A T5 or UMT5 encoder with its tokenizer from a local directory in transformers' layout.
 
-    path: the directory. max_length: tokens kept (Wan: 512). mask: False feeds the padding as zeros, unmasked, as Wan does.
+    path: the directory. max_length: tokens kept (Wan: 512). mask: False feeds the padding as zeros, unmasked, as Wan
+    does.
     """
 
     path: str = ""
@@ -32,7 +33,9 @@ class HfConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """name chooses the alternative; only that one's fields may be set. dropout: share of captions replaced by the empty one."""
+    """name chooses the alternative; only that one's fields may be set. dropout: share of captions replaced by the
+    empty one.
+    """
 
     name: Literal["bytes", "minilm", "hf"] = "bytes"
     bytes: BytesConfig | None = None

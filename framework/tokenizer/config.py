@@ -11,12 +11,13 @@ from framework.shapes import Strides
 class DctConfig:
     """The tokenizer without weights.
 
-    coefficients: latent channels kept of the 768 of a 4x8x8 block (1..768). scale: what latents are divided by, in units of
+    coefficients: latent channels kept of the 768 of a 4x8x8 block (1..768). scale: what latents are divided by, in
+    units of
     pixels of [-1, 1]; decay: how fast that scale falls with frequency (see tokenizer/dct.py for the law).
     """
 
     coefficients: int = 48
-    scale: float = 1.0
+    scale: float = 0.5
     decay: float = 1.0
 
     def __post_init__(self) -> None:
@@ -49,7 +50,9 @@ def tokenizer_channels(config: TokenizerConfig) -> int:
 
 
 def tokenizer_version(config: TokenizerConfig) -> str:
-    """Name and hash of everything that changes the latents; shards of latents carry it, and training refuses another."""
+    """Name and hash of everything that changes the latents; shards of latents carry it, and training refuses
+    another.
+    """
     match config.name:
         case "dct":
             dct = config.dct or DctConfig()

@@ -4,11 +4,14 @@ This is the one file that touches DeepSpeed's private attributes, so pyproject.t
 that a round trip through `fragments` is exact. What DeepSpeed is told, and why:
 
 * Its "data parallel group" is our zero group, dp x cp, through an `mpu` without any `get_sequence_*` method: told of
-  sequence parallelism, its stages disagree on whether gradients are summed or averaged over it (measured: a gradient norm
+  sequence parallelism, its stages disagree on whether gradients are summed or averaged over it (measured: a gradient
+  norm
   off by exactly the degree in stage 2, right in stage 3).
-* Gradient accumulation is ours: `gradient_accumulation_steps` is 1, the boundary is set before each backward, and the number
+* Gradient accumulation is ours: `gradient_accumulation_steps` is 1, the boundary is set before each backward, and the
+number
   of micro-batches may differ from step to step.
-* Gradients accumulate and travel in float32 also when parameters are bfloat16 (stage 1 then becomes its BF16_Optimizer).
+* Gradients accumulate and travel in float32 also when parameters are bfloat16 (stage 1 then becomes its
+BF16_Optimizer).
 * `use_multi_rank_bucket_allreduce: false`: by default stages 1 and 2 all-reduce every bucket, twice the bytes needed.
 """
 
@@ -35,7 +38,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class GroupsForDeepSpeed:
-    """The `mpu` object DeepSpeed asks for its groups. Deliberately without `get_sequence_*` (see the module's docstring)."""
+    """The `mpu` object DeepSpeed asks for its groups. Deliberately without `get_sequence_*` (see the module's
+    docstring).
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self._tp, self._zero = mesh.tp, mesh.zero
@@ -196,7 +201,8 @@ def build_deepspeed(
     precision: PrecisionConfig,
     optimizer: OptimizerConfig,
 ) -> DeepSpeedEngine:
-    """Give a model on the meta device its partitioned storage and optimizer. Weights are zero until the caller fills them.
+    """Give a model on the meta device its partitioned storage and optimizer. Weights are zero until the caller fills
+    them.
 
     In stage 3 every module is materialised and partitioned by itself, so that no rank ever holds the whole model.
     """

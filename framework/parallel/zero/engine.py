@@ -1,6 +1,7 @@
 """What a ZeRO engine does for the training loop, whoever implements it.
 
-The gradient is d(global mean loss)/d(global tensor). Engines average over the zero group (dp x cp), so `backward` scales
+The gradient is d(global mean loss)/d(global tensor). Engines average over the zero group (dp x cp), so `backward`
+scales
 the local sum by  size(zero) / global_count,  once, here and nowhere else.
 """
 
@@ -26,7 +27,9 @@ class Engine(Protocol):
     """A model whose weights, gradients and optimizer state are partitioned over the zero group."""
 
     def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
-        """Predict: `B S Q`. A collective in stage 3: every rank of the zero group must call it the same number of times."""
+        """Predict: `B S Q`. A collective in stage 3: every rank of the zero group must call it the same number of
+        times.
+        """
         ...
 
     def backward(self, loss_sum: Tensor, *, global_count: float, last: bool) -> None:
@@ -42,7 +45,8 @@ class Engine(Protocol):
         ...
 
     def refresh(self, *, step: int) -> None:
-        """After the master weights were written from outside: recompute what is cast or gathered from them, set the step
+        """After the master weights were written from outside: recompute what is cast or gathered from them, set the
+        step
         of the bias correction."""
         ...
 
