@@ -12,8 +12,7 @@ class DctConfig:
     """The tokenizer without weights.
 
     coefficients: latent channels kept of the 768 of a 4x8x8 block (1..768). scale: what latents are divided by, in
-    units of
-    pixels of [-1, 1]; decay: how fast that scale falls with frequency (see tokenizer/dct.py for the law).
+    units of pixels of [-1, 1]; decay: how fast that scale falls with frequency (the law is in tokenizer/dct.py).
     """
 
     coefficients: int = 48

@@ -140,6 +140,9 @@ class DeepSpeedEngine:
         if self._engine.zero_optimization_stage() < 3:
             optimizer.update_lp_params()
             return
+        # Parameters that are gathered already aren't gathered again: release them first (measured: a resume in stage 3
+        # otherwise goes on with the initial values of every persistent parameter).
+        optimizer._partition_all_parameters()
         for index, low in enumerate(optimizer.fp16_partitioned_groups_flat):
             low.data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)
             optimizer._unflatten_partitioned_parameters(index)

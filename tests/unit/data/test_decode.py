@@ -155,7 +155,9 @@ def test_broken_is_named(gops: Path, damage: str) -> None:
     middle = len(data) // 2
     match damage:
         case "few bytes":
-            data = data[:middle] + noise[:40] + data[middle + 40 :]
+            with av.open(str(gops)) as container:
+                place = [packet.pos for packet in container.demux(video=0) if packet.is_keyframe][2] + 100
+            data = data[:place] + noise[:40] + data[place + 40 :]
         case "many bytes":
             data = data[:middle] + noise + data[middle + 2000 :]
         case "no moov":
