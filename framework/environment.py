@@ -43,10 +43,15 @@ def read_environment() -> Environment | None:
 
 
 def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> dict[str, str]:
-    """The environment of a local rank. Threads: the machine's cores are shared out, unless OMP_NUM_THREADS is set."""
+    """The environment of a local rank.
+
+    The machine's cores are shared out as threads, unless OMP_NUM_THREADS is set. Where there is no GPU, DeepSpeed is
+    told so, or it searches and warns.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
     return {
         "OMP_NUM_THREADS": threads,
+        **({} if visible_gpus() else {"DS_ACCELERATOR": "cpu"}),
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -265,7 +265,8 @@ def check_recipe(recipe: Recipe) -> None:
     if (model.in_channels, model.out_channels or model.in_channels) != (channels, channels):
         raise ValueError(
             f"the tokenizer {recipe.tokenizer.name!r} has {channels} latent channels but the model takes "
-            f"{model.in_channels} and gives {model.out_channels}: set model.in_channels={channels} model.out_channels={channels}"
+            f"{model.in_channels} and gives {model.out_channels}: set model.in_channels={channels} "
+            f"model.out_channels={channels}"
         )
     width = text_width(recipe.text)
     if width is not None and model.text_dim != width:

@@ -20,6 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from framework.data.buckets import misfit
 from framework.data.config import BucketConfig
 from framework.data.decode import decode_clip, frame_stride, num_source_frames
 from framework.data.shard_writer import ShardWriter
@@ -33,9 +34,6 @@ from framework.data.shards import (
     write_json,
 )
 from framework.shapes import Strides, latent_shape
-
-# How far below a bucket's rate a video may be: 23.976 and 29.97 (NTSC's 1000/1001) count as 24 and 30.
-_FPS_SLACK = 0.002
 
 
 class Encoder(Protocol):
@@ -86,16 +84,6 @@ def segment_starts(info: SampleInfo, bucket: BucketConfig) -> list[int]:
     return [] if misfit(info, bucket) else [k * span for k in range(info.frames // span)]
 
 
-def misfit(info: SampleInfo, bucket: BucketConfig) -> str | None:
-    """Why a video doesn't fit a bucket, or None when it does."""
-    if info.height < bucket.height or info.width < bucket.width:
-        return f"{info.height}x{info.width} pixels are fewer than {bucket.height}x{bucket.width}"
-    if bucket.fps is not None and info.fps < bucket.fps * (1 - _FPS_SLACK):
-        return f"{info.fps:g} frames a second are fewer than {bucket.fps:g}"
-    span = num_source_frames(bucket.frames, info.fps, bucket.fps)
-    return None if info.frames >= span else f"{info.frames} frames are fewer than the {span} that {_name(bucket)} takes"
-
-
 def encode_shards(
     source: ShardDirectory,
     buckets: Sequence[BucketConfig],
@@ -124,7 +112,7 @@ def encode_shards(
     ) as writer:
         for bucket in buckets:
             for index, info in enumerate(source.infos):
-                name, fingerprint = f"{info.uid} {_name(bucket)}", _fingerprint(source, index, dtype)
+                name, fingerprint = f"{info.uid} {bucket.name}", _fingerprint(source, index, dtype)
                 if info.uid in broken or not segment_starts(info, bucket) or writer.covers(name, fingerprint):
                     continue
                 sample = source.read(index)
@@ -185,7 +173,7 @@ def _unfit(source: ShardDirectory, buckets: Sequence[BucketConfig]) -> list[Misf
     for info in source.infos:
         reasons = [misfit(info, bucket) for bucket in buckets]
         if all(reasons):
-            detail = "; ".join(f"{_name(bucket)}: {reason}" for bucket, reason in zip(buckets, reasons, strict=True))
+            detail = "; ".join(f"{bucket.name}: {reason}" for bucket, reason in zip(buckets, reasons, strict=True))
             found.append(Misfit(info.uid, "fits no bucket", detail))
     return found
 
@@ -198,13 +186,8 @@ def _tails(source: ShardDirectory, buckets: Sequence[BucketConfig], broken: Cont
             starts = segment_starts(info, bucket)
             rest = info.frames - len(starts) * num_source_frames(bucket.frames, info.fps, bucket.fps)
             if starts and rest and info.uid not in broken:
-                found.append(Tail(info.uid, _name(bucket), rest))
+                found.append(Tail(info.uid, bucket.name, rest))
     return found
-
-
-def _name(bucket: BucketConfig) -> str:
-    """A bucket in words: 17x256x256, or 17x256x256@12 with a rate."""
-    return str(bucket.clip) + ("" if bucket.fps is None else f"@{bucket.fps!r}")
 
 
 def _fingerprint(source: ShardDirectory, index: int, dtype: str) -> str:

@@ -1,9 +1,7 @@
 """Buckets as views: which samples of which stream can take a bucket's shape.
 
-A video fits when it has frames enough (at the bucket's rate) and is at least as high and wide: nothing is upscaled. A
-latent
-fits when it was encoded at exactly the bucket's shape. A sample may fit several buckets; a bucket without any is
-refused.
+A video fits when it is no smaller, no slower and no shorter: nothing is enlarged and no frame made up. A latent fits
+when it was encoded at exactly the bucket's shape. A sample may fit several buckets; a bucket without any is refused.
 """
 
 import itertools
@@ -15,6 +13,9 @@ from framework.data.config import BucketConfig, StreamConfig
 from framework.data.decode import num_source_frames
 from framework.data.order import View
 from framework.data.shards import LATENT_SCHEMA, SampleInfo, ShardDirectory, open_shards
+
+# How far below a bucket's rate a video may be: 23.976 and 29.97 (NTSC's 1000/1001) count as 24 and 30.
+FPS_SLACK = 0.002
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,20 @@ def open_streams(configs: list[StreamConfig], *, tokenizer_version: str) -> list
 
 def fits(info: SampleInfo, bucket: BucketConfig, *, latent: bool) -> bool:
     """Whether a sample can take the bucket's shape."""
-    if latent:
-        same_rate = bucket.fps is None or abs(info.fps - bucket.fps) < 1e-3
-        return (info.frames, info.height, info.width) == (bucket.frames, bucket.height, bucket.width) and same_rate
-    enough = info.frames >= num_source_frames(bucket.frames, info.fps, bucket.fps)
-    return enough and info.height >= bucket.height and info.width >= bucket.width
+    if not latent:
+        return misfit(info, bucket) is None
+    same_rate = bucket.fps is None or abs(info.fps - bucket.fps) < 1e-3
+    return (info.frames, info.height, info.width) == (bucket.frames, bucket.height, bucket.width) and same_rate
+
+
+def misfit(info: SampleInfo, bucket: BucketConfig) -> str | None:
+    """Why a video doesn't fit a bucket, or None when it does."""
+    if info.height < bucket.height or info.width < bucket.width:
+        return f"{info.height}x{info.width} pixels are fewer than {bucket.height}x{bucket.width}"
+    if bucket.fps is not None and info.fps < bucket.fps * (1 - FPS_SLACK):
+        return f"{info.fps:g} frames a second are fewer than {bucket.fps:g}"
+    span = num_source_frames(bucket.frames, info.fps, bucket.fps)
+    return None if info.frames >= span else f"{info.frames} frames are fewer than the {span} that {bucket.name} takes"
 
 
 def bucket_views(streams: list[Stream], buckets: list[BucketConfig]) -> list[list[View]]:
@@ -69,4 +79,4 @@ def view_of(stream: Stream, index: int, bucket: BucketConfig) -> View:
     kept = np.array([fits(info, bucket, latent=latent) for info in stream.shards.infos], dtype=bool)
     edges = np.cumsum([0, *stream.shards.shard_sizes])
     by_shard = tuple(np.flatnonzero(kept[a:b]) + a for a, b in itertools.pairwise(edges))
-    return View(f"{index}/{bucket.clip}@{bucket.fps}", by_shard)
+    return View(f"{index}/{bucket.name}", by_shard)

@@ -41,6 +41,11 @@ class BucketConfig:
             raise ValueError(f"data.buckets: fps {self.fps} of {self.clip} must be above 0")
 
     @property
+    def name(self) -> str:
+        """The bucket in words: 17x256x256, or 17x256x256@12.0 with a rate."""
+        return str(self.clip) + ("" if self.fps is None else f"@{self.fps}")
+
+    @property
     def clip(self) -> ClipShape:
         return ClipShape(self.frames, self.height, self.width)
 

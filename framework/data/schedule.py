@@ -101,7 +101,9 @@ class Schedule:
         stream = self._used[bucket][place]
         epoch, sample = self._orders[bucket][stream].at(int(source.before(draw)[place]))
         uid = self._streams[stream].shards.infos[sample].uid
-        return Slot(position, bucket, stream, sample, uid, f"{uid}#{stream}.{epoch}")
+        return Slot(
+            position, bucket, stream, sample, uid, f"{uid}#{self._config.buckets[bucket].name}#{stream}.{epoch}"
+        )
 
 
 def deal(bucket: int, members: list[Slot], *, dp: int, dp_index: int, size: int) -> list[MicroBatch]:

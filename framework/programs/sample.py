@@ -71,7 +71,8 @@ def sample(path: Path, request: SampleRequest) -> str:
     sheet = request.out.with_suffix(".png")
     write_mp4(request.out, video, generator.fps)
     write_contact_sheet(sheet, [(request.prompt or "(no prompt)", video)])
-    return f"{request.out} and {sheet}: {generator.clip} from step {found.manifest.progress.step}, {request.weights} weights"
+    step = found.manifest.progress.step
+    return f"{request.out} and {sheet}: {generator.clip} from step {step}, {request.weights} weights"
 
 
 def newest(path: Path) -> Found:

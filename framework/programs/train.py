@@ -139,9 +139,7 @@ def loop(
             publish(metrics, report, pending)
             pending = None
         if progress.bad_steps >= recipe.train.max_bad_steps:
-            raise RunFailure(
-                f"up to step {progress.step}, {progress.bad_steps} updates in a row had a gradient norm that isn't finite"
-            )
+            raise RunFailure(f"up to step {progress.step}, {progress.bad_steps} updates in a row had no finite norm")
         observer.observe(progress.step, metrics, report)
         if progress.step % recipe.checkpoint.every == 0 or progress.step == last or stopped:
             checkpoints.save([*parts.engine.fragments(), *parts.ema.fragments()], progress)

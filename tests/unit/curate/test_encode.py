@@ -98,19 +98,22 @@ def test_latents_are_those_of_their_own_frames(
 
 
 def test_stopped_and_run_again_is_the_whole(source: ShardDirectory, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
     class Stopping(Blocks):
         left = 3
 
         def encode(self, video: Tensor) -> Tensor:
             self.left -= 1
             if self.left < 0:
-                raise KeyboardInterrupt
+                raise Stopped
             return super().encode(video)
 
     encode_shards(source, BUCKETS, Blocks(), tmp_path / "whole", part_size=1)
     stopping = Stopping()
     stopping.left = 4  # a's four segments make the first part
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         encode_shards(source, BUCKETS, stopping, tmp_path / "l", part_size=1)
     stopping.left = 2  # enough for what is missing, and for nothing else
     encode_shards(source, BUCKETS, stopping, tmp_path / "l", part_size=1)

@@ -1,0 +1,98 @@
+"""What the ranks of the distributed tests do. Imported by the fork server, so importing this warms a rank up."""
+
+import hashlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed  # noqa: F401  (warms the fork server)
+import numpy as np
+import torch
+from torch import Tensor
+
+import framework.parallel.zero.deepspeed  # noqa: F401
+from framework.data.loader import Loader
+from framework.data.schedule import Schedule
+from framework.environment import Environment
+from framework.models.patchify import patchify
+from framework.programs import build
+from framework.programs import train as program
+from framework.recipe import Recipe, load_recipe, resolve_auto
+from framework.run import Verdict, resolve_invocation
+
+torch.set_num_threads(1)
+
+
+def train(env: Environment, recipe: Path, overrides: list[str], die_before_step: int | None = None) -> Verdict:
+    """`cuboid train` on this rank; `die_before_step` counts from 0."""
+    if die_before_step is not None:
+        step = program.optimizer_step
+
+        def fatal(parts: program.Parts, work: program.Work) -> object:
+            if work.step == die_before_step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(parts, work)
+
+        program.optimizer_step = fatal
+    return program.train(resolve_invocation(recipe, overrides), env)
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """What a rank saw of step 0. samples: draw -> digest of latents, noised latents, target and timesteps."""
+
+    samples: dict[str, str]
+    gradients: dict[str, np.ndarray]
+    loss: float
+    grad_norm: float
+
+
+def digest(*tensors: Tensor) -> str:
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def first_step(env: Environment, recipe_path: Path, overrides: list[str], step: int = 0) -> FirstStep:
+    """Forward and backward of one step from the initial weights, with an output projection that isn't zero."""
+    recipe: Recipe = resolve_auto(load_recipe(recipe_path, overrides))
+    mesh = build.open_mesh(recipe, env)
+    model, shards = build.build_model(recipe, mesh)
+    engine = build.build_engine(recipe, model, shards, mesh)
+    build.initialise(engine.fragments(), recipe)
+    for fragment in engine.fragments():
+        if fragment.key == "model.proj_out.weight":
+            fragment.copy_from(projection(fragment.shard.global_shape))
+    engine.refresh(step=0)
+    streams = build.open_data(recipe, recipe.data.streams)
+    schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=mesh.dp.size, dp_index=mesh.dp.index)
+    builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=recipe.text.dropout)
+    flow = build.build_flow(recipe)
+    loader = Loader(builder, schedule, start=step, stop=step + 1, prefetch=1)
+    work, samples, loss_sum = schedule[step], {}, 0.0
+    latents = [builder.latent_shape(b) for b in range(len(recipe.data.buckets))]
+    count = flow.global_count(work.counts, latents, builder.channels)
+    for index, batch in enumerate(loader.step(work)):
+        noised = flow.noise(batch, step=step)
+        for i, draw in enumerate(batch.draws):
+            if draw:
+                samples[draw] = digest(batch.latents[i], noised.latents[i], noised.target[i], noised.timesteps[i])
+        tokens = patchify(noised, recipe.model.patch_size)
+        loss = flow.loss_sum(engine(tokens, batch.condition), tokens)
+        engine.backward(loss, global_count=count, last=index + 1 == work.num_micro)
+        loss_sum += float(loss.detach())
+    gradients = dict(engine.gradients())
+    stats = engine.step(lr=0.0)
+    total = torch.tensor(loss_sum, dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    loader.close()
+    return FirstStep(
+        samples,
+        {k: g.numpy() for k, g in gradients.items()} if env.is_first else {},
+        float(total) / count,
+        stats.grad_norm,
+    )
+
+
+def projection(shape: tuple[int, ...]) -> Tensor:
+    """Values for proj_out, whose initial zeros would hide every gradient behind it."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 0.1

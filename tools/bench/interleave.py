@@ -1,0 +1,109 @@
+"""Compare the speed of several contestants on a machine that others use too.
+
+One block = `num_steps` steps of one contestant, after one step that isn't timed, as the caches still hold what another
+contestant left there. One repeat = a block of each, so that a slow minute slows all of them. The order within a repeat
+follows a Williams design (Williams 1949): over n repeats each contestant stands once at every place, and for even n
+after each other contestant once.
+
+Two clocks: wall time, and the CPU time of the process over all its threads, which leaves out most of what other
+processes take (not the spinning of OpenMP's threads while they wait for one of them that was taken off its core).
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+Clock = Literal["wall", "cpu"]
+CLOCKS: tuple[Clock, Clock] = ("wall", "cpu")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a step, one value a repeat, by both clocks."""
+
+    wall: tuple[float, ...]
+    cpu: tuple[float, ...]
+
+    def median(self, clock: Clock) -> float:
+        return statistics.median(getattr(self, clock))
+
+    def minimum(self, clock: Clock) -> float:
+        return min(getattr(self, clock))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One contestant against another, each number 1 where they are equally fast.
+
+    medians and minima: their quotient. paired: the median of the quotients within a repeat. low and high: the quartiles
+    of those.
+    """
+
+    medians: float
+    minima: float
+    paired: float
+    low: float
+    high: float
+
+
+def ratio(above: Timing, below: Timing, clock: Clock) -> Ratio:
+    """above / below."""
+    pairs = [a / b for a, b in zip(getattr(above, clock), getattr(below, clock), strict=True)]
+    low, _, high = statistics.quantiles(pairs, n=4)
+    return Ratio(
+        medians=above.median(clock) / below.median(clock),
+        minima=above.minimum(clock) / below.minimum(clock),
+        paired=statistics.median(pairs),
+        low=low,
+        high=high,
+    )
+
+
+def orders(names: Sequence[str]) -> Iterator[list[str]]:
+    """The order of each repeat, without end."""
+    count = len(names)
+    base = [0, *((i + 1) // 2 if i % 2 else count - i // 2 for i in range(1, count))]
+    repeat = 0
+    while True:
+        yield [names[(place + repeat) % count] for place in base]
+        repeat += 1
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], None]], *, num_repeats: int, num_steps: int, warmup: int
+) -> dict[str, Timing]:
+    """Time every contestant's step. warmup: untimed steps of each before the first repeat."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for step in steps.values():
+        for _ in range(warmup):
+            step()
+    with no_collection():
+        for _, order in zip(range(num_repeats), orders(list(steps)), strict=False):
+            for name in order:
+                samples[name].append(time_block(steps[name], num_steps))
+            gc.collect()
+    return {name: Timing(*zip(*pairs, strict=True)) for name, pairs in samples.items()}
+
+
+def time_block(step: Callable[[], None], num_steps: int) -> tuple[float, float]:
+    """Seconds a step by the two clocks, after one untimed step."""
+    step()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(num_steps):
+        step()
+    return (time.perf_counter() - wall) / num_steps, (time.process_time() - cpu) / num_steps
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's garbage collector off for all, as the training loop has it."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
