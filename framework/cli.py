@@ -12,11 +12,12 @@ from typing import Annotated, Literal
 import typer
 
 from framework import log
+from framework.checkpoint.commit import finished_steps, newest_of_run
 from framework.environment import Environment, read_environment, visible_gpus
+from framework.launch.check import check_start
 from framework.launch.local import run_local, write_failure
-from framework.parallel.config import resolve_mesh
-from framework.recipe import load_recipe
-from framework.run import Resolved, RunFailure, resolve_invocation
+from framework.recipe import Recipe, load_recipe
+from framework.run import Resolved, RunFailure, checkpoints_of, recipe_of_run, resolve_invocation
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -77,7 +78,7 @@ def train(
     invocation = resolve_invocation(recipe, overrides or [])
     env = read_environment()
     if env is None:
-        launch(invocation, ["train", str(recipe), *(overrides or [])])
+        launch(invocation.recipe, ["train", str(recipe), *(overrides or [])])
     else:
         train_rank(invocation, env)
 
@@ -85,6 +86,7 @@ def train(
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
+    *,
     prompt: Annotated[str, typer.Option(help="Caption.")],
     out: Annotated[Path, typer.Option(help="The mp4 to write; a contact sheet lands beside it.")],
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
@@ -93,9 +95,8 @@ def sample(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the recipe's by default.")] = None,
 ) -> None:
     """A video from a run's newest checkpoint."""
-    from framework.run import recipe_of_run
-
     recipe_of_run(run)
+    newest_of_run(run)
     if weights not in ("ema", "raw"):
         raise ValueError(f"--weights {weights} must be ema or raw")
     from framework.programs.sample import SampleRequest
@@ -105,20 +106,18 @@ def sample(
     log.line(run_sample(run, SampleRequest(prompt, out, seed, chosen, steps, guidance)))
 
 
-def launch(invocation: Resolved, arguments: list[str]) -> None:
+def launch(recipe: Recipe, arguments: list[str]) -> None:
     """Check what can be checked here, then start the local ranks."""
-    from framework.data.buckets import bucket_views, open_streams
-    from framework.tokenizer.config import tokenizer_version
-
-    recipe = invocation.recipe
-    shape = resolve_mesh(recipe.mesh, num_ranks=None, num_gpus=visible_gpus())
-    streams = open_streams(recipe.data.streams, tokenizer_version=tokenizer_version(recipe.tokenizer))
-    bucket_views(streams, recipe.data.buckets)
+    if (done := finished_steps(checkpoints_of(recipe))) >= recipe.train.steps:
+        log.line(f"the run {recipe.run} is finished: {done} of {recipe.train.steps} steps are done")
+        return
+    shape = check_start(recipe, num_ranks=None, num_gpus=visible_gpus())
     raise typer.Exit(run_local(arguments, world_size=shape.world_size))
 
 
 def train_rank(invocation: Resolved, env: Environment) -> None:
     """One rank's part."""
+    check_start(invocation.recipe, num_ranks=env.world_size)
     from framework.programs.train import train as run_train
 
     verdict = run_train(invocation, env)
@@ -128,42 +127,47 @@ def train_rank(invocation: Resolved, env: Environment) -> None:
         raise typer.Exit(128 + verdict.signal)
 
 
-def fail(message: str, status: int) -> None:
+def place() -> Environment | None:
+    """This process's rank, None where there is none or its environment makes no sense."""
+    try:
+        return read_environment()
+    except ValueError:
+        return None
+
+
+def fail(message: str, status: int) -> int:
     """Say why once: to the launcher if there is one, else on standard error."""
-    env = read_environment()
+    env = place()
     if env is not None and env.failures is not None:
         write_failure(env.failures, env.rank, message, status)
     else:
         log.error(message)
+    return status
+
+
+def run() -> int:
+    """Run the command; the exit status. The user's mistakes become one message."""
+    try:
+        # Without standalone mode typer returns the status of typer.Exit, and None otherwise.
+        return int(app(standalone_mode=False) or 0)
+    except typer.Abort:
+        return 130
+    except ValueError as error:
+        return fail(f"error: {error}", 2)
+    except (RunFailure, OSError) as error:
+        return fail(f"error: {error}", 1)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # click's UsageError, of the copy that typer carries inside
+        return fail(traceback.format_exc(), 1) if usage is None else fail(f"error: {usage()}", 2)
 
 
 def main() -> None:
-    """The entry point: turns the user's mistakes into one message and exit status 2."""
-    try:
-        app(standalone_mode=False)
-        status = 0
-    except typer.Exit as exit_:
-        status = exit_.exit_code
-    except typer.Abort:
-        status = 130
-    except ValueError as error:
-        fail(f"error: {error}", 2)
-        status = 2
-    except RunFailure as error:
-        fail(f"error: {error}", 1)
-        status = 1
-    except Exception as error:
-        if hasattr(error, "format_message"):  # click's usage errors
-            fail(f"error: {error.format_message()}", 2)
-            status = 2
-        else:
-            fail(traceback.format_exc(), 1)
-            status = 1
+    """The entry point."""
+    status = run()
     sys.stdout.flush()
     sys.stderr.flush()
-    if read_environment() is not None:
-        # Ranks leave without the interpreter's teardown: gloo's and the loader's threads may be waiting for a dead
-        # peer.
+    if place() is not None:
+        # Without the interpreter's teardown: gloo's and the loader's threads may be waiting for a dead peer.
         os._exit(status)
     sys.exit(status)
 

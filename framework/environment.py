@@ -38,7 +38,11 @@ def read_environment() -> Environment | None:
             f"the environment sets a rank but not {', '.join(missing)}: set all of {', '.join(REQUIRED)} or none"
         )
     failures = os.environ.get("CUBOID_FAILURES")
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    places = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    for name, text in places.items():
+        if not text.isdecimal():
+            raise ValueError(f"the environment variable {name}={text!r} isn't a number")
+    rank, world_size, local_rank = (int(text) for text in places.values())
     return Environment(rank, world_size, local_rank, Path(failures) if failures else None)
 
 

@@ -32,7 +32,7 @@ class ProgressReport:
 
     def __init__(self, *, first: int, last: int, every: int, silent: bool) -> None:
         self._first, self._last, self._every, self._silent = first, last, every, silent
-        self._start = time.monotonic()
+        self._second_step: float | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if not silent and sys.stdout.isatty():
@@ -53,9 +53,15 @@ class ProgressReport:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif not self._silent and (step % self._every == 0 or step in (self._first + 1, self._last)):
-            spent = time.monotonic() - self._start
-            left = spent / max(1, step - self._first) * (self._last - step)
-            line(f"step {step}/{self._last}  {text}  ETA {duration(left)}")
+            line(f"step {step}/{self._last}  {text}  ETA {self._time_left(step)}")
+
+    def _time_left(self, step: int) -> str:
+        """At the mean rate so far; the first step warms up and doesn't count."""
+        if self._second_step is None:
+            self._second_step = time.monotonic()
+            return "?"
+        spent = time.monotonic() - self._second_step
+        return duration(spent / (step - self._first - 1) * (self._last - step))
 
     def say(self, text: str) -> None:
         """A line beside the progress."""

@@ -6,15 +6,16 @@ launched, so that nothing waits for it.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch import Tensor
 
+from framework.run import write_atomically
+
 if TYPE_CHECKING:
+    from torch.distributed import Work
     from torch.utils.tensorboard import SummaryWriter
 
 
@@ -26,7 +27,7 @@ class StepRecord:
 
     step: int
     loss_sum: Tensor
-    work: dist.Work | None
+    work: "Work | None"
     count: float
     grad_norm: float
     lr: float
@@ -62,13 +63,11 @@ class MetricsWriter:
     """Appends lines on rank 0; elsewhere it only waits for what must be waited for."""
 
     def __init__(self, path: Path, *, start: int, writes: bool, tensorboard: bool) -> None:
-        self._file = None
+        self._path, self._writes = path, writes
         self._board: SummaryWriter | None = None
         if writes:
             forget_after(path / "metrics.jsonl", start)
             forget_after(path / "validation.jsonl", start)
-            self._file = (path / "metrics.jsonl").open("a")
-            self._validation = path / "validation.jsonl"
             if tensorboard:
                 from torch.utils import tensorboard as board
 
@@ -77,24 +76,29 @@ class MetricsWriter:
     def write(self, record: StepRecord) -> dict[str, object]:
         """Read a step's numbers and append its line."""
         line = record.read()
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        if self._writes:
+            self._append("metrics.jsonl", line)
             self._scalars("train", line, record.step, ("loss", "grad_norm", "lr", "seconds"))
         return line
 
     def write_validation(self, line: dict[str, object]) -> None:
         """Append a validation's line."""
-        if self._file is not None:
-            with self._validation.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        if self._writes:
+            self._append("validation.jsonl", line)
             self._scalars(f"validation/{line['weights']}", line, int(str(line["step"])), ("loss",))
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
         if self._board is not None:
             self._board.close()
+
+    def _append(self, name: str, line: dict[str, object]) -> None:
+        """Raises OSError with the file's name: a full disk is found here first."""
+        path = self._path / name
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
     def _scalars(self, prefix: str, line: dict[str, object], step: int, names: tuple[str, ...]) -> None:
         if self._board is not None:
@@ -108,14 +112,16 @@ def forget_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    lines = path.read_text().splitlines()
-    kept = [line for line in lines if is_whole(line) and json.loads(line)["step"] <= step]
-    if len(kept) < len(lines):
-        partial = path.with_name(path.name + f".{os.getpid()}.partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(path)
+    text = path.read_text()
+    kept = "".join(line + "\n" for line in text.splitlines() if is_whole(line) and json.loads(line)["step"] <= step)
+    if kept != text:
+        write_atomically(path, kept)
 
 
 def is_whole(line: str) -> bool:
     """Whether a line was written to its end."""
-    return line.startswith("{") and line.endswith("}")
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True

@@ -2,21 +2,18 @@
 
     defaults < base files (depth first) < the file < key=value
 
-A recipe is YAML merged on the dataclasses below by OmegaConf. `base:` names files relative to the file itself. Dicts
-merge,
-lists replace. Unknown keys and wrong types are refused with the key and the file. An alternative is a `name` beside one
-section for each choice: choosing another name drops the sections of the old one, setting a section that isn't chosen is
-an error. Nothing here imports torch: every mistake that can be seen in a recipe is found before a process starts.
+Files are laid over each other as plain trees (layers.py), then merged on the dataclasses below by OmegaConf, which
+refuses unknown keys and wrong types. An alternative is a `name` beside one section for each choice; a section that
+isn't chosen must not be set. Nothing here imports torch: every mistake that can be seen in a recipe is found before a
+process starts.
 """
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from framework.checkpoint.config import CheckpointConfig
@@ -24,6 +21,7 @@ from framework.data.config import DataConfig
 from framework.diffusion.config import FlowConfig, LossConfig, SamplerConfig, SamplesConfig
 from framework.evaluate.config import ValidationConfig
 from framework.kernels.config import AttentionConfig, resolve_attention
+from framework.layers import Tree, apply_overrides, read_layers
 from framework.models.config import ModelConfig
 from framework.parallel.config import MeshConfig
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig
@@ -31,14 +29,14 @@ from framework.shapes import TokenShape, latent_shape, token_shape
 from framework.text.config import TextConfig, text_width
 from framework.tokenizer.config import TokenizerConfig, tokenizer_channels, tokenizer_strides
 
-Tree = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. clip: largest global gradient norm, 0 = off. warmup: steps. schedule: what follows the warm-up, down to
-    lr * final at decay_steps (auto: the train.steps that the run starts with, so that raising them later changes
-    nothing)."""
+    """AdamW: lr, betas, eps and weight_decay as in arXiv 1711.05101. clip: largest global gradient norm, 0 = off.
+
+    warmup: steps of linear rise. schedule: what follows, down to lr * final at decay_steps (auto: the train.steps that
+    the run starts with, so that raising them later changes nothing).
+    """
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -49,6 +47,15 @@ class OptimizerConfig:
     warmup: int = 0
     final: float = 0.0
     decay_steps: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optimizer.lr={self.lr} must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={list(self.betas)} must lie in [0, 1)")
+        for name in ("eps", "weight_decay", "clip", "warmup", "final"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,10 @@ class LogConfig:
     every: int = 10
     tensorboard: bool = False
 
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"log.every={self.every} must be at least 1")
+
 
 @dataclass(frozen=True)
 class ResumeConfig:
@@ -125,102 +136,48 @@ class Recipe:
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """Read a recipe file, its bases and key=value overrides. Raises ValueError with the key, the value and the fix."""
-    return build_recipe(apply_overrides(read_layers(path), overrides))
+    return build_recipe(apply_overrides(read_recipe_layers(path), overrides))
+
+
+def read_recipe_layers(path: Path) -> Tree:
+    """A recipe file over its bases, each checked for names and types by itself, as a plain tree."""
+    return read_layers(path, check=lambda tree, file: merge_typed(tree, str(file)))
 
 
 def build_recipe(tree: Tree) -> Recipe:
     """A checked Recipe from a plain tree of keys."""
-    recipe = choose_alternatives(merge_typed(tree, "the recipe"), "")
+    try:
+        plain = OmegaConf.to_object(merge_typed(tree, "the recipe"))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    recipe: Recipe = choose_alternatives(plain, "")
     check_recipe(recipe)
     return recipe
 
 
-def read_layers(path: Path, below: tuple[Path, ...] = ()) -> Tree:
-    """A recipe file laid over its bases, as a plain tree."""
-    path = path.resolve()
-    if path in below:
-        chain = " -> ".join(str(p) for p in (*below[below.index(path) :], path))
-        raise ValueError(f"the bases of a recipe form a cycle: {chain}")
-    if not path.is_file():
-        folder = path.parent
-        near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")]) if folder.is_dir() else []
-        hint = f"; did you mean {folder / near[0]}?" if near else ""
-        raise ValueError(f"no such recipe: {path}{hint}")
+def merge_typed(tree: Tree, source: str) -> DictConfig:
+    """Merge a plain tree on the dataclasses: names and types are checked, values not yet."""
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} isn't valid YAML: {' '.join(str(error).split())}") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold keys and values, not a {type(tree).__name__}")
-    bases = tree.pop("base", [])
-    merge_typed(tree, str(path))
-    merged: Tree = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        overlay(merged, read_layers(path.parent / base, (*below, path)))
-    overlay(merged, tree)
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), tree)
+    except (OmegaConfBaseException, TypeError) as error:
+        message = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value of the list")
+        raise ValueError(f"{source}: {wrong_key(tree)}: {message}") from None
+    assert isinstance(merged, DictConfig)
     return merged
 
 
-def overlay(tree: Tree, layer: Tree) -> None:
-    """Lay `layer` over `tree` in place: dicts merge, all else replaces. Another `name` drops the old one's sections."""
-    if "name" in layer and tree.get("name", layer["name"]) != layer["name"]:
-        for key in [key for key, value in tree.items() if isinstance(value, dict)]:
-            del tree[key]
-    for key, value in layer.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            overlay(tree[key], value)
-        else:
-            tree[key] = value
-
-
-def apply_overrides(tree: Tree, overrides: list[str]) -> Tree:
-    """Lay key=value words over a tree, in place. Values are YAML; a number in the key is an index into a list."""
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{word!r} isn't of the form key=value")
+def wrong_key(tree: Tree, parents: tuple[str, ...] = ()) -> str:
+    """The innermost key of a tree that doesn't merge, with its value: OmegaConf often names none."""
+    for name, value in tree.items():
+        layer: Tree = {name: value}
+        for parent in reversed(parents):
+            layer = {parent: layer}
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"the value of {word!r} isn't valid YAML") from None
-        assign(tree, key.split("."), value, key)
-    return tree
-
-
-def assign(node: Any, path: list[str], value: object, key: str) -> None:
-    """Set the leaf at `path` below a tree's node."""
-    first, *rest = path
-    if isinstance(node, list):
-        if not first.isdecimal() or int(first) >= len(node):
-            raise ValueError(f"{key}: {first!r} isn't an index into a list of {len(node)}")
-        if rest:
-            assign(node[int(first)], rest, value, key)
-        else:
-            node[int(first)] = value
-    elif not isinstance(node, dict):
-        raise ValueError(f"{key}: there is no {first!r} below the value {node!r}")
-    elif rest:
-        if node.get(first) is None:
-            node[first] = {}
-        assign(node[first], rest, value, key)
-    else:
-        overlay(node, {first: value})
-
-
-def merge_typed(tree: Tree, source: str) -> Recipe:
-    """Merge a plain tree on the dataclasses."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Recipe), tree)
-        recipe = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        message = str(error).splitlines()[0].replace("$VALUE", "a value").replace(" of type 'a value_TYPE'", "")
-        where = f"{error.full_key}: " if error.full_key else ""
-        raise ValueError(f"{source}: {where}{message}") from None
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    assert isinstance(recipe, Recipe)
-    return recipe
+            OmegaConf.merge(OmegaConf.structured(Recipe), layer)
+        except (OmegaConfBaseException, TypeError):
+            inside = wrong_key(value, (*parents, name)) if isinstance(value, dict) else ""
+            return inside or f"{'.'.join((*parents, str(name)))}={value}"
+    return ""
 
 
 def choose_alternatives(node: Any, key: str) -> Any:

@@ -13,13 +13,24 @@ import difflib
 import fnmatch
 import json
 import os
-import time
+import subprocess
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from framework.recipe import Recipe, apply_overrides, build_recipe, flatten, load_recipe, read_layers, to_yaml
+from framework.layers import apply_overrides
+from framework.recipe import (
+    Recipe,
+    ResumeConfig,
+    build_recipe,
+    flatten,
+    load_recipe,
+    read_recipe_layers,
+    resolve_auto,
+    to_yaml,
+)
 
 # Keys that neither change the data order nor the loss nor the model: free on resume. train.steps only upward.
 FREE = (
@@ -37,6 +48,9 @@ FREE = (
     "log.*",
     "resume.*",
 )
+
+
+CHECKPOINTS = "checkpoints"
 
 
 class RunFailure(RuntimeError):
@@ -61,7 +75,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def samples(self) -> Path:
@@ -77,6 +91,11 @@ class Run:
 
     def write_verdict(self, verdict: Verdict) -> None:
         write_atomically(self.attempt_path / "verdict.json", json.dumps(dataclasses.asdict(verdict)) + "\n")
+
+
+def checkpoints_of(recipe: Recipe) -> Path:
+    """Where a recipe's run keeps its checkpoints."""
+    return Path(recipe.run) / CHECKPOINTS
 
 
 def latest_attempt(path: Path) -> int:
@@ -149,7 +168,7 @@ def resolve_invocation(recipe_path: Path, overrides: list[str]) -> Resolved:
     if not is_run(path):
         return Resolved(fresh, tuple(overrides), ())
     stored = recipe_of_run(path)
-    changed = build_recipe(apply_overrides(read_layers(path / "recipe.yaml"), overrides))
+    changed = build_recipe(apply_overrides(read_recipe_layers(path / "recipe.yaml"), overrides))
     check_changes(stored, changed)
     started_with = json.loads((path / "lineage.json").read_text())["overrides"]
     notes = recipe_diff(stored, recipe_path, started_with)
@@ -159,7 +178,7 @@ def resolve_invocation(recipe_path: Path, overrides: list[str]) -> Resolved:
 def recipe_diff(stored: Recipe, recipe_path: Path, started_with: list[str]) -> tuple[str, ...]:
     """Lines that tell how a recipe file differs from the run's stored recipe; empty when it doesn't."""
     file = load_recipe(recipe_path, [*started_with, f"optimizer.decay_steps={stored.optimizer.decay_steps}"])
-    file = dataclasses.replace(file, run=stored.run)
+    file = resolve_auto(dataclasses.replace(file, run=stored.run))
     old, new = to_yaml(stored).splitlines(), to_yaml(file).splitlines()
     diff = list(
         difflib.unified_diff(old, new, "the run's stored recipe (used)", f"{recipe_path} (ignored)", n=0, lineterm="")
@@ -182,15 +201,38 @@ def check_changes(stored: Recipe, changed: Recipe) -> None:
 
 
 def store_recipe(run: Run, recipe: Recipe, overrides: tuple[str, ...]) -> None:
-    """Write the resolved recipe into the run and into the attempt, and once the lineage."""
+    """Write the resolved recipe into the run and into the attempt, and the lineage.
+
+    `resume.allow` is a permission for one start, so it isn't stored.
+    """
+    recipe = dataclasses.replace(recipe, resume=ResumeConfig())
     write_atomically(run.attempt_path / "recipe.yaml", to_yaml(recipe))
-    if not (run.path / "lineage.json").exists():
-        write_atomically(run.path / "lineage.json", json.dumps(lineage(overrides), indent=1) + "\n")
+    write_atomically(run.path / "lineage.json", json.dumps(lineage(run.path, overrides), indent=1) + "\n")
     write_atomically(run.path / "recipe.yaml", to_yaml(recipe))
 
 
-def lineage(overrides: tuple[str, ...]) -> dict[str, object]:
-    """Where a run comes from: software versions, time, command-line words, parents."""
+def lineage(path: Path, overrides: tuple[str, ...]) -> dict[str, object]:
+    """Where a run comes from: versions, commit and time of its first start; the key=value words of every start."""
+    file = path / "lineage.json"
+    if file.exists():
+        stored: dict[str, object] = json.loads(file.read_text())
+        words = stored["overrides"]
+        assert isinstance(words, list)
+        return stored | {"overrides": [*words, *overrides]}
     packages = ("cuboid", "torch", "deepspeed", "mosaicml-streaming", "einops", "omegaconf", "numpy")
-    versions = {name: metadata.version(name) for name in packages}
-    return {"versions": versions, "created": time.time(), "overrides": list(overrides), "parents": []}
+    return {
+        "versions": {name: metadata.version(name) for name in packages},
+        "commit": git_commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "overrides": list(overrides),
+        "parents": [],
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this code's checkout, with + where it was changed; None outside one."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -16,3 +16,18 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_recipe(tiny_shards: Path, tmp_path: Path) -> Path:
     """The tiny recipe on the tiny shards; its run is `tmp_path / "run"`."""
     return write_recipe(tmp_path, tiny_shards)
+
+
+@pytest.fixture(scope="session")
+def rabbit_latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The latents that tools/quickstart.sh makes from the real clip."""
+    from framework.curate.config import PrepareConfig
+    from framework.curate.prepare import prepare
+    from framework.programs.encode import encode
+    from framework.recipe import load_recipe
+
+    root, folder = Path(__file__).parent.parent, tmp_path_factory.mktemp("rabbit")
+    prepare(root / "tests/assets", root / "tests/assets/captions.jsonl", folder / "videos", config=PrepareConfig())
+    recipe = load_recipe(root / "recipes/quickstart.yaml", [])
+    encode(recipe, folder / "videos", folder / "latents", dtype="float16")
+    return folder / "latents"

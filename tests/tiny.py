@@ -14,7 +14,7 @@ import yaml
 
 from framework.data.shard_writer import ShardWriter
 from framework.data.shards import LATENT_SCHEMA, Caption, LatentSample, SampleInfo
-from framework.recipe import apply_overrides
+from framework.layers import apply_overrides
 from framework.shapes import ClipShape, latent_shape
 from framework.tokenizer.config import DctConfig, TokenizerConfig, tokenizer_strides, tokenizer_version
 

@@ -12,7 +12,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from framework.run import write_atomically
+from framework.parallel.config import MeshShape
+from framework.run import CHECKPOINTS, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = "cuboid.checkpoint/1"
@@ -58,3 +59,53 @@ def read_manifest(path: Path) -> Manifest | None:
     manifest = Manifest(**fields | {"progress": Progress(**fields["progress"])})
     sizes = {file.name: file.stat().st_size for file in path.iterdir()}
     return manifest if all(sizes.get(name) == size for name, size in manifest.files.items()) else None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A valid checkpoint."""
+
+    path: Path
+    manifest: Manifest
+
+
+def valid_checkpoints(folder: Path) -> list[Found]:
+    """All valid checkpoints, oldest first."""
+    candidates = ((path, read_manifest(path)) for path in sorted(folder.glob("step-*")))
+    return [Found(path, manifest) for path, manifest in candidates if manifest is not None]
+
+
+def newest_checkpoint(folder: Path, shape: MeshShape, zero_stage: int) -> Found | None:
+    """The newest valid checkpoint. Raises ValueError when it is of another mesh or stage."""
+    found = valid_checkpoints(folder)
+    if not found:
+        return None
+    manifest, shape_here = found[-1].manifest, mesh_of(shape)
+    here = shape_here | {"stage": zero_stage}
+    there = manifest.mesh | {"stage": manifest.zero_stage}
+    if here != there:
+        names = {"stage": "zero.stage"} | {axis: f"mesh.{axis}" for axis in shape_here}
+        fix = " ".join(f"{names[k]}={there[k]}" for k in here if here[k] != there[k])
+        raise ValueError(
+            f"the run's newest checkpoint is of {there}, this start is {here}: resuming on another mesh or ZeRO stage "
+            f"isn't there yet; resume with {fix}"
+        )
+    return found[-1]
+
+
+def newest_of_run(run: Path) -> Found:
+    """The newest valid checkpoint of a run, of whatever mesh. Raises ValueError when there is none."""
+    found = valid_checkpoints(run / CHECKPOINTS)
+    if not found:
+        raise ValueError(f"{run} has no checkpoint yet: train it further, or lower checkpoint.every")
+    return found[-1]
+
+
+def mesh_of(shape: MeshShape) -> dict[str, int]:
+    """The degrees as a manifest holds them."""
+    return dataclasses.asdict(shape)
+
+
+def finished_steps(folder: Path) -> int:
+    """Optimizer steps of the newest valid checkpoint in `folder`, 0 when there is none."""
+    return max((found.manifest.progress.step for found in valid_checkpoints(folder)), default=0)

@@ -141,8 +141,14 @@ def save_fragments(path: Path, fragments: list[Fragment], group: dist.ProcessGro
 
 
 def load_fragments(path: Path, fragments: list[Fragment], group: dist.ProcessGroup | None) -> None:
-    """Fill the fragments in place from `path`. A collective. Raises ValueError on a missing or partly covered
-    tensor.
+    """Fill the fragments in place from `path`. A collective, or in one process without a group where none was made.
+
+    Raises ValueError on a missing or partly covered tensor.
     """
-    state = {fragment.key: fragment.flat for fragment in fragments}
-    load(state, storage_reader=FileSystemReader(path), planner=FragmentLoadPlanner(fragments), process_group=group)
+    load(
+        {fragment.key: fragment.flat for fragment in fragments},
+        storage_reader=FileSystemReader(path),
+        planner=FragmentLoadPlanner(fragments),
+        process_group=group,
+        no_dist=not dist.is_initialized(),
+    )

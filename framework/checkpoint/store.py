@@ -5,12 +5,11 @@ A save is synchronous: all ranks write, rank 0 commits and deletes what retentio
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from framework.checkpoint.commit import Manifest, Progress, commit, read_manifest
+from framework.checkpoint.commit import Found, Progress, commit, mesh_of, valid_checkpoints
 from framework.checkpoint.config import CheckpointConfig
 from framework.checkpoint.dcp import load_fragments, save_fragments
 from framework.parallel.collectives import broadcast_object
@@ -19,37 +18,11 @@ from framework.parallel.mesh import Mesh
 from framework.run import Run, RunFailure
 
 
-@dataclass(frozen=True)
-class Found:
-    """A valid checkpoint."""
-
-    path: Path
-    manifest: Manifest
-
-
-def valid_checkpoints(folder: Path) -> list[Found]:
-    """All valid checkpoints, oldest first."""
-    candidates = ((path, read_manifest(path)) for path in sorted(folder.glob("step-*")))
-    return [Found(path, manifest) for path, manifest in candidates if manifest is not None]
-
-
 class Checkpoints:
     """The checkpoints of a run, for all its ranks."""
 
     def __init__(self, run: Run, config: CheckpointConfig, mesh: Mesh, *, zero_stage: int) -> None:
         self._run, self._config, self._mesh, self._stage = run, config, mesh, zero_stage
-        shape = mesh.shape
-        self._shape = {"dp": shape.dp, "ring": shape.ring, "ulysses": shape.ulysses, "tp": shape.tp}
-
-    def latest(self) -> Found | None:
-        """The newest valid checkpoint, the same on every rank. Raises ValueError when it is of another mesh or
-        stage.
-        """
-        found = valid_checkpoints(self._run.checkpoints)[-1:] if self._mesh.rank == 0 else []
-        newest = broadcast_object(found, self._mesh.control)
-        if newest:
-            check_same_mesh(newest[0].manifest, self._shape, self._stage)
-        return newest[0] if newest else None
 
     def load(self, found: Found, fragments: list[Fragment]) -> Progress:
         """Fill the fragments from a checkpoint."""
@@ -83,7 +56,9 @@ class Checkpoints:
     def _commit(self, path: Path, progress: Progress) -> None:
         if not self._run.holds_fence():
             raise OSError(f"another attempt has taken over {self._run.path}; this one stops")
-        commit(path, progress=progress, mesh=self._shape, zero_stage=self._stage, attempt=self._run.attempt)
+        commit(
+            path, progress=progress, mesh=mesh_of(self._mesh.shape), zero_stage=self._stage, attempt=self._run.attempt
+        )
         for old in valid_checkpoints(self._run.checkpoints)[: -self._config.keep]:
             (old.path / "manifest.json").unlink()
             shutil.rmtree(old.path, ignore_errors=True)
@@ -97,19 +72,6 @@ class Checkpoints:
             except OSError as error:
                 failure = cause(error)
         return broadcast_object([failure], self._mesh.control)[0]
-
-
-def check_same_mesh(manifest: Manifest, shape: dict[str, int], stage: int) -> None:
-    """Refuse a checkpoint of another mesh or stage."""
-    here = shape | {"stage": stage}
-    there = manifest.mesh | {"stage": manifest.zero_stage}
-    if here != there:
-        names = {"stage": "zero.stage"} | {axis: f"mesh.{axis}" for axis in shape}
-        fix = " ".join(f"{names[k]}={there[k]}" for k in here if here[k] != there[k])
-        raise ValueError(
-            f"the run's newest checkpoint is of {there}, this start is {here}: resuming on another mesh or ZeRO stage "
-            f"isn't there yet; resume with {fix}"
-        )
 
 
 def cause(error: BaseException) -> str:

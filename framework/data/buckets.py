@@ -63,11 +63,11 @@ def bucket_views(streams: list[Stream], buckets: list[BucketConfig]) -> list[lis
     for bucket, row in zip(buckets, views, strict=True):
         if not any(view.num_samples for view in row):
             infos = [info for stream in streams for info in stream.shards.infos]
-            shapes = sorted({(info.frames, info.height, info.width) for info in infos}, reverse=True)[:3]
-            largest = ", ".join("x".join(map(str, shape)) for shape in shapes)
+            shapes = sorted({(info.frames, info.height, info.width) for info in infos}, reverse=True)
+            largest = ", ".join("x".join(map(str, shape)) for shape in shapes[:3])
             raise ValueError(
                 f"no sample fits the bucket {bucket.clip}: the {len(infos)} samples of the streams are {largest}"
-                f"{', ...' if len(infos) > len(shapes) else ''} (frames x height x width); latents need exactly the "
+                f"{', ...' if len(shapes) > 3 else ''} (frames x height x width); latents need exactly the "
                 f"bucket's shape"
             )
     return views
@@ -80,3 +80,16 @@ def view_of(stream: Stream, index: int, bucket: BucketConfig) -> View:
     edges = np.cumsum([0, *stream.shards.shard_sizes])
     by_shard = tuple(np.flatnonzero(kept[a:b]) + a for a, b in itertools.pairwise(edges))
     return View(f"{index}/{bucket.name}", by_shard)
+
+
+def check_held_out(training: list[Stream], held_out: list[Stream]) -> None:
+    """Raises ValueError naming a clip that is both trained on and validated on. Segments count as their video."""
+    trained = {info.uid.split("@")[0] for stream in training for info in stream.shards.infos}
+    shared = sorted(
+        {info.uid for stream in held_out for info in stream.shards.infos if info.uid.split("@")[0] in trained}
+    )
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of the validation clips are also trained on, {shared[0]} for one: hold them out, or set "
+            f"validation.held_out=false"
+        )

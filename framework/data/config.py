@@ -7,7 +7,7 @@ from framework.shapes import ClipShape
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """A directory of shards (of videos, or of latents from `cuboid encode`) and its share of the samples."""
+    """path: a directory of shards, of videos or of latents (`cuboid encode`). weight: its share of the samples."""
 
     path: str
     weight: float = 1.0
@@ -21,7 +21,7 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class BucketConfig:
-    """A shape that samples are brought to, and its share of the samples.
+    """A shape that samples are brought to: frames, height and width in pixels. weight: its share of the samples.
 
     fps: frames a second after resampling in time; None keeps the native rate.
     """

@@ -14,11 +14,13 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import MappingProxyType
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 
@@ -32,17 +34,19 @@ LATENT_SCHEMA: Schema = "cuboid.latent/1"
 # MDS keeps the offsets within a shard in 32 bits; what is left out is the shard's header and the other columns.
 MAX_SAMPLE_BYTES = 2**32 - 2**24
 
-_COLUMNS = {
-    "uid": "str",
-    "frames": "int",
-    "height": "int",
-    "width": "int",
-    "fps": "float64",
-    "scores": "json",
-    "captions": "json",
-    "source": "str",
-    "licence": "str",
-}
+_COLUMNS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "uid": "str",
+        "frames": "int",
+        "height": "int",
+        "width": "int",
+        "fps": "float64",
+        "scores": "json",
+        "captions": "json",
+        "source": "str",
+        "licence": "str",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ def sync(path: Path) -> None:
 
 def columns(schema: Schema) -> dict[str, str]:
     """The MDS columns of a schema, name -> encoding."""
-    return _COLUMNS | ({"video": "bytes"} if schema == VIDEO_SCHEMA else {"latents": "ndarray"})
+    return {**_COLUMNS} | ({"video": "bytes"} if schema == VIDEO_SCHEMA else {"latents": "ndarray"})
 
 
 def row_from_sample(sample: VideoSample | LatentSample) -> dict[str, Any]:

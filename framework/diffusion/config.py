@@ -11,12 +11,14 @@ class LogitNormalConfig:
     mean: float = 0.0
     std: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"flow.timesteps.logit_normal.std={self.std} must be above 0")
+
 
 @dataclass(frozen=True)
 class TimestepsConfig:
-    """Distribution of the noise level sigma in (0, 1). stratified: the samples of a step share out (0, 1) among
-    them.
-    """
+    """name: the distribution of the noise level sigma. stratified: the samples of a step share out (0, 1)."""
 
     name: Literal["uniform", "logit_normal"] = "uniform"
     logit_normal: LogitNormalConfig | None = None
@@ -25,9 +27,13 @@ class TimestepsConfig:
 
 @dataclass(frozen=True)
 class FixedShiftConfig:
-    """The same shift for every token count. Wan 2.1 trains and samples with 3 at 480p and 5 at 720p."""
+    """value: the shift, the same for every token count. Wan 2.1 trains and samples with 3 at 480p and 5 at 720p."""
 
     value: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.value > 0:
+            raise ValueError(f"flow.shift.fixed.value={self.value} must be above 0; 1 shifts nothing")
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,16 @@ class TokensShiftConfig:
     value: float = 1.0
     base_tokens: int = 4096
 
+    def __post_init__(self) -> None:
+        if not self.value > 0 or self.base_tokens < 1:
+            raise ValueError(
+                f"flow.shift.tokens: value={self.value} and base_tokens={self.base_tokens} must be above 0"
+            )
+
 
 @dataclass(frozen=True)
 class ShiftConfig:
-    """How noise levels move up with resolution and duration: s' = k s / (1 + (k - 1) s)."""
+    """name: how noise levels move up with resolution and duration: s' = k s / (1 + (k - 1) s)."""
 
     name: Literal["fixed", "tokens"] = "fixed"
     fixed: FixedShiftConfig | None = None
@@ -82,12 +94,17 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"sampler.steps={self.steps} must be at least 1")
+        for name in ("shift", "fps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"sampler.{name}={value} must be above 0, or null")
 
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """Videos sampled while training, from the live weights, in the shape of the first bucket. every: steps, 0 =
-    never.
+    """Videos sampled while training, from the live weights, in the shape of the first bucket.
+
+    every: steps, 0 = never. prompts: a video each. seed: of their noise.
     """
 
     every: int = 0
@@ -95,6 +112,8 @@ class SamplesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"samples.every={self.every} must be at least 0")
         if self.every > 0 and not self.prompts:
             raise ValueError(
                 f"samples.every={self.every} but samples.prompts is empty: give it prompts, or set samples.every=0"

@@ -18,6 +18,8 @@ class ValidationConfig:
     held_out: bool = True
 
     def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"validation.every={self.every} must be at least 0")
         if self.every > 0 and not self.shards:
             raise ValueError(
                 f"validation.every={self.every} but validation.shards is empty: name a directory of shards, or set 0"

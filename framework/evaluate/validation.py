@@ -123,16 +123,3 @@ def held_out_slots(streams: list[Stream], buckets: list[BucketConfig], samples: 
                 slots.append(Slot(len(slots), bucket, stream, sample, uid, f"{uid}#validation"))
         chosen.append(slots)
     return chosen
-
-
-def check_held_out(training: list[Stream], held_out: list[Stream]) -> None:
-    """Raises ValueError naming a clip that is both trained on and validated on. Segments count as their video."""
-    trained = {info.uid.split("@")[0] for stream in training for info in stream.shards.infos}
-    shared = sorted(
-        {info.uid for stream in held_out for info in stream.shards.infos if info.uid.split("@")[0] in trained}
-    )
-    if shared:
-        raise ValueError(
-            f"{len(shared)} of the validation clips are also trained on, {shared[0]} for one: hold them out, or set "
-            f"validation.held_out=false"
-        )

@@ -85,39 +85,43 @@ def run_local(arguments: list[str], *, world_size: int) -> int:
                         preexec_fn=die_with_parent,
                     )
                 )
-            status = wait(ranks)
+            failed = wait(ranks)
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        return explain(folder, ranks, status, received)
+        return 0 if failed is None else explain(folder, ranks[failed], failed, received)
 
 
-def wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; after the first that fails the others have a grace period to end by themselves."""
-    deadline: float | None = None
+def wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Wait for all; returns the rank that failed first. The others then have a grace period to end by themselves."""
+    first: int | None = None
+    deadline = 0.0
     while any(process.poll() is None for process in ranks):
-        failed = [process.returncode for process in ranks if process.returncode]
-        if failed and deadline is None:
+        if first is None:
+            first = next((rank for rank, process in enumerate(ranks) if process.returncode), None)
             deadline = time.monotonic() + GRACE_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
-            return int(failed[0])
+        elif time.monotonic() > deadline:
+            break
         time.sleep(0.05)
-    return int(next((process.returncode for process in ranks if process.returncode), 0))
+    return next((rank for rank, process in enumerate(ranks) if process.returncode), None) if first is None else first
 
 
-def explain(folder: Path, ranks: list[subprocess.Popen[bytes]], status: int, received: list[int]) -> int:
-    """Print the first failure's message, if there is one, and choose the exit status."""
+def explain(folder: Path, process: subprocess.Popen[bytes], rank: int, received: list[int]) -> int:
+    """Print why the rank that failed first did; the exit status. What the others say then is a consequence."""
+    status = process.returncode
+    if status < 0 and not received:
+        error(f"error: rank {rank} was killed by {signal.Signals(-status).name}; the same command resumes")
+        return 1
     failure = first_failure(folder)
     if failure is not None:
         error(failure.message)
         return failure.status
     if received:
         return 128 + received[0]
-    if status < 0:
-        number = next(rank for rank, process in enumerate(ranks) if process.returncode == status)
-        error(f"rank {number} was killed by {signal.Signals(-status).name}; the run can be resumed by the same command")
-        return 1
-    return status
+    log = folder / f"rank-{rank}.log"
+    tail = "\n" + log.read_text(errors="replace")[-2000:] if log.exists() else ""
+    error(f"error: rank {rank} ended with status {status}{tail}")
+    return 1

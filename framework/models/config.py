@@ -15,6 +15,8 @@ class ModelConfig:
     """One transformer.
 
     patch_size: latent frames, rows and columns that make one token.
+    num_attention_heads, attention_head_dim: of self- and cross-attention. ffn_dim: width inside the feed-forward.
+    num_layers: blocks. eps: of every norm.
     in_channels, out_channels: of the latent. Image-to-video has more in than out: the condition is concatenated.
     text_dim: width of the caption encoder. freq_dim: number of sinusoids of the timestep.
     cross_attn_norm: an affine LayerNorm before the cross-attention (all published Wan models).

@@ -26,7 +26,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class MeshShape:
-    """The degrees with dp resolved."""
+    """The degrees dp, ring, ulysses and tp, with dp resolved."""
 
     dp: int
     ring: int

@@ -13,7 +13,10 @@ cost no communicator.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 import torch.distributed as dist
@@ -21,16 +24,18 @@ import torch.distributed as dist
 from framework.parallel.config import MeshShape
 
 AXES = ("dp", "ring", "ulysses", "tp")
-GROUP_AXES: dict[str, tuple[str, ...]] = {
-    "tp": ("tp",),
-    "ulysses": ("ulysses",),
-    "ring": ("ring",),
-    "cp": ("ring", "ulysses"),
-    "replica": ("ring", "ulysses", "tp"),
-    "dp": ("dp",),
-    "zero": ("dp", "ring", "ulysses"),
-    "world": AXES,
-}
+GROUP_AXES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "tp": ("tp",),
+        "ulysses": ("ulysses",),
+        "ring": ("ring",),
+        "cp": ("ring", "ulysses"),
+        "replica": ("ring", "ulysses", "tp"),
+        "dp": ("dp",),
+        "zero": ("dp", "ring", "ulysses"),
+        "world": AXES,
+    }
+)
 
 
 @dataclass

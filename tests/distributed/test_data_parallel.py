@@ -61,9 +61,7 @@ def serial_gradients(recipe: Recipe) -> tuple[float, dict[str, Tensor]]:
         tokens = patchify(noised, recipe.model.patch_size)
         prediction = predict(model, tokens, batch.condition.text, batch.condition.text_mask)
         assert tokens.target is not None
-        total = (
-            total + (prediction - tokens.target).square().flatten(1).mean(1).sum() / recipe.data.global_batch
-        )
+        total = total + (prediction - tokens.target).square().flatten(1).mean(1).sum() / recipe.data.global_batch
     total.backward()
     return float(total.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

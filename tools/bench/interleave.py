@@ -1,12 +1,13 @@
 """Compare the speed of several contestants on a machine that others use too.
 
-One block = `num_steps` steps of one contestant, after one step that isn't timed, as the caches still hold what another
-contestant left there. One repeat = a block of each, so that a slow minute slows all of them. The order within a repeat
-follows a Williams design (Williams 1949): over n repeats each contestant stands once at every place, and for even n
-after each other contestant once.
+One block = `num_steps` steps of one contestant. One repeat = a block of each, so that a slow minute slows all of them:
+many short repeats are worth more than few long ones. The order within a repeat follows a Williams design (Williams
+1949): over n repeats each contestant stands once at every place, and for even n once behind each other one, so that
+what a contestant leaves in the caches troubles all alike.
 
 Two clocks: wall time, and the CPU time of the process over all its threads, which leaves out most of what other
-processes take (not the spinning of OpenMP's threads while they wait for one of them that was taken off its core).
+processes take, though neither their use of caches and memory nor the spinning of OpenMP's threads while they wait for
+one that was taken off its core: on a busy machine, use one thread.
 """
 
 import gc
@@ -90,8 +91,7 @@ def interleave(
 
 
 def time_block(step: Callable[[], None], num_steps: int) -> tuple[float, float]:
-    """Seconds a step by the two clocks, after one untimed step."""
-    step()
+    """Seconds a step by the two clocks."""
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(num_steps):
         step()

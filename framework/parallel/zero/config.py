@@ -21,6 +21,8 @@ class ZeroConfig:
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):
             raise ValueError(f"zero.stage={self.stage}: ZeRO has the stages 1, 2 and 3")
+        if self.persistence < 0:
+            raise ValueError(f"zero.persistence={self.persistence} must be at least 0")
         if self.bucket_size < 1:
             raise ValueError(f"zero.bucket_size={self.bucket_size} must be at least 1")
 

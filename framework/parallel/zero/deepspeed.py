@@ -34,7 +34,6 @@ from framework.parallel.zero.engine import StepStats
 from framework.recipe import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class GroupsForDeepSpeed:
@@ -213,7 +212,7 @@ def build_deepspeed(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     config = deepspeed_config(zero, precision, optimizer)
     groups = GroupsForDeepSpeed(mesh)
-    dtype = DTYPES[precision.parameters]
+    dtype: torch.dtype = getattr(torch, precision.parameters)
     for module in model.modules():
         materialise(module, device, dtype)
         if zero.stage == 3 and any(True for _ in module.parameters(recurse=False)):

@@ -93,9 +93,10 @@ def test_step_draw_and_seed_change_noise_and_level() -> None:
 
 def test_stratified_levels_share_out_the_step() -> None:
     """Each of the step's 5 places draws from its own fifth; an empty slot, place -1, doesn't matter but works."""
-    flow = make_flow(FlowConfig(TimestepsConfig(stratified=True)))
+    flow = make_flow(replace(CONFIG, timesteps=TimestepsConfig(stratified=True)))
     noised = flow.noise(make_batch(["a", "b", ""], [3, 0, -1]), step=STEP)
-    expected = [1000 * (3 + u_of("a")) / 5, 1000 * (0 + u_of("b")) / 5]
+    places = [(3 + u_of("a")) / 5, (0 + u_of("b")) / 5]
+    expected = [1000 * K * u / (1 + (K - 1) * u) for u in places]
     assert noised.timesteps[:2, 0].tolist() == pytest.approx(expected, rel=1e-6)
 
 

@@ -50,7 +50,7 @@ def test_the_shift_adds_log_k_to_the_logit(k: float) -> None:
     found = np.array([shift(float(s), k) for s in LEVELS])
     np.testing.assert_allclose(found, expit(logit(LEVELS) + math.log(k)), rtol=1e-12)
     np.testing.assert_allclose([unshift(float(s), k) for s in found], LEVELS, rtol=1e-12)
-    assert [shift(s, k) for s in (0.0, 1.0)] == [0.0, 1.0] == [unshift(s, k) for s in (0.0, 1.0)]
+    assert [f(s, k) for f in (shift, unshift) for s in (0.0, 1.0)] == pytest.approx([0.0, 1.0] * 2, abs=1e-15)
 
 
 def test_the_shift_grows_with_the_root_of_the_tokens() -> None:
@@ -72,7 +72,7 @@ def test_the_mean_of_a_shifted_uniform(k: float) -> None:
 
 
 @pytest.mark.parametrize("edges", [(0.0, 1.0), (0.875, 1.0), (0.0, 0.875), (0.3, 0.6)])
-@pytest.mark.parametrize("config", [UNIFORM, normal(0.0, 1.0), normal(-1.0, 0.4)])
+@pytest.mark.parametrize("config", [UNIFORM, normal(0.0, 1.0), normal(-0.5, 0.8)])
 def test_a_range_is_what_the_whole_gives_there(config: TimestepsConfig, edges: tuple[float, float]) -> None:
     """Against draws of the whole distribution, shifted, of which those outside the range are thrown away."""
     k, (lo, hi) = 3.0, edges

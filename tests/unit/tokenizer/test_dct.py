@@ -141,7 +141,7 @@ def test_shapes_and_strides() -> None:
 
 
 def test_version_changes_with_every_field() -> None:
-    config = DctConfig(48, 1.0, 1.0)
+    config = DctConfig(48, 0.5, 1.0)
     changed = [replace(config, coefficients=32), replace(config, scale=2.0), replace(config, decay=0.5)]
     versions = {build_tokenizer(TokenizerConfig(dct=c)).version for c in [config, *changed]}
     assert len(versions) == 4

@@ -1,0 +1,24 @@
+"""What is refused before any rank starts: the mesh, the checkpoint to resume from, the data. Imports no torch."""
+
+from framework.checkpoint.commit import newest_checkpoint
+from framework.data.buckets import bucket_views, check_held_out, open_streams
+from framework.data.config import StreamConfig
+from framework.parallel.config import MeshShape, resolve_mesh
+from framework.recipe import Recipe
+from framework.run import checkpoints_of
+from framework.tokenizer.config import tokenizer_version
+
+
+def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int = 0) -> MeshShape:
+    """The resolved mesh of a start that can work. Raises ValueError with what can't, the values and the fix."""
+    shape = resolve_mesh(recipe.mesh, num_ranks=num_ranks, num_gpus=num_gpus)
+    newest_checkpoint(checkpoints_of(recipe), shape, recipe.zero.stage)
+    version = tokenizer_version(recipe.tokenizer)
+    streams = open_streams(recipe.data.streams, tokenizer_version=version)
+    bucket_views(streams, recipe.data.buckets)
+    if recipe.validation.every:
+        held_out = open_streams([StreamConfig(path) for path in recipe.validation.shards], tokenizer_version=version)
+        bucket_views(held_out, recipe.data.buckets)
+        if recipe.validation.held_out:
+            check_held_out(streams, held_out)
+    return shape

@@ -1,0 +1,126 @@
+"""The launcher: one command starts the ranks, stops them, resumes them, and says why once when one fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import write_recipe
+
+COMMAND = [sys.executable, "-m", "framework.cli", "train"]
+CLEAN = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def start(recipe: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, str(recipe), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=CLEAN | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def steps(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while step not in steps(run):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_stop_resume_finish(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_shards, ["mesh.dp=2", "train.steps=2000", "checkpoint.every=1000"])
+    run = tmp_path / "run"
+    process = start(recipe)
+    wait_for_step(run, 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "saved; the same command resumes" in out
+    assert err == ""
+    reached = steps(run)
+    verdict = json.loads((run / "attempts/0000/verdict.json").read_text())
+    assert verdict == {"outcome": "stopped", "step": reached[-1], "signal": signal.SIGTERM}
+
+    total = reached[-1] + 2
+    stored = run / "recipe.yaml"
+    stored.write_text(stored.read_text().replace("steps: 2000\n", f"steps: {total}\n"))
+    process = start(recipe)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert f"resumes after step {reached[-1]}" in out
+    assert steps(run) == list(range(1, total + 1)), "no step is lost or written twice"
+
+    begin = time.monotonic()
+    process = start(recipe)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "is finished" in out
+    assert not (run / "attempts/0002").exists()
+    assert time.monotonic() - begin < 9, "a finished run starts no rank"
+
+
+def test_a_killed_rank_ends_the_others(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_shards, ["mesh.dp=2", "train.steps=20000", "checkpoint.every=10000"])
+    process = start(recipe)
+    wait_for_step(tmp_path / "run", 2, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    victim = int(children.split()[-1])
+    os.kill(victim, signal.SIGKILL)
+    begin = time.monotonic()
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "killed by SIGKILL" in err or "Connection closed by peer" in err
+    assert time.monotonic() - begin < 45, "the others end within 15 s"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tiny_shards: Path, tmp_path: Path) -> None:
+    """A file system of 1.5 MB takes one checkpoint of 0.3 MB and no second one beside the ballast."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        recipe = write_recipe(tmp_path, tiny_shards, ["mesh.dp=2", "train.steps=400", "checkpoint.every=200"])
+        process = start(recipe, f"run={disk / 'run'}")
+        wait_for_step(disk / "run", 202, process)
+        (disk / "ballast").write_bytes(b"x" * free_bytes(disk))
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1, (out, err)
+        assert len(err.strip().splitlines()) == 1
+        assert "No space left on device" in err
+        assert [p.name for p in (disk / "run/checkpoints").iterdir()] == ["step-00000200"]
+        (disk / "ballast").unlink()
+        process = start(recipe, f"run={disk / 'run'}")
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+        assert "resumes after step 200" in out
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def free_bytes(path: Path) -> int:
+    stat = os.statvfs(path)
+    return stat.f_bavail * stat.f_frsize
+
+
+def test_torchrun_starts_it_too(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_shards, ["mesh.dp=auto", "train.steps=2"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    result = subprocess.run(
+        [*torchrun, "framework.cli", "train", str(recipe)], capture_output=True, text=True, env=CLEAN, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "dp=2" in result.stdout
+    assert steps(tmp_path / "run") == [1, 2]
