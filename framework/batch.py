@@ -4,6 +4,7 @@ Shapes: B samples, T H W frames and pixels, c t h w latents, S tokens, P values 
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -96,3 +97,11 @@ class Tokens:
     timesteps: Tensor
     weights: Tensor
     layout: TokenLayout
+
+
+class Predictor(Protocol):
+    """Whatever holds the transformer's weights: an engine, or a model in one process."""
+
+    def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
+        """The velocity on patches, `B S Q` in the order of the model's output."""
+        ...

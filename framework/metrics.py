@@ -27,7 +27,7 @@ class StepRecord:
 
     step: int
     loss_sum: Tensor
-    work: "Work | None"
+    work: "Work"
     count: float
     grad_norm: float
     lr: float
@@ -41,8 +41,7 @@ class StepRecord:
 
     def read(self) -> dict[str, object]:
         """The line, waiting for the loss."""
-        if self.work is not None:
-            self.work.wait()
+        self.work.wait()
         line: dict[str, object] = {
             "step": self.step,
             "loss": float(self.loss_sum) / self.count,

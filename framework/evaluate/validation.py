@@ -6,12 +6,11 @@ clip and j. So the value depends on the weights alone: not on the step, the mesh
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from framework.batch import Condition, Tokens
+from framework.batch import Predictor
 from framework.data.buckets import Stream, bucket_views
 from framework.data.config import BucketConfig
 from framework.data.loader import BatchBuilder
@@ -24,12 +23,6 @@ from framework.models.patchify import patchify
 from framework.parallel.collectives import all_reduce_sum
 from framework.parallel.mesh import Mesh
 from framework.shapes import LatentShape
-
-
-class Predictor(Protocol):
-    """An engine, or a model in one process."""
-
-    def __call__(self, tokens: Tokens, condition: Condition) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -77,9 +70,7 @@ class Validation:
             for micro in micro_batches:
                 sums[bucket] += self._losses(predict, micro)
             latents.append(self._builder.latent_shape(bucket))
-        work = all_reduce_sum(sums, self._mesh.control, "validation")
-        if work is not None:
-            work.wait()
+        all_reduce_sum(sums, self._mesh.control, "validation").wait()
         sums /= self._mesh.replica.size
         means = [
             sums[b] / self._flow.global_count((len(slots),), [latents[b]], self._builder.channels)

@@ -15,10 +15,12 @@ from framework.parallel.mesh import Group
 T = TypeVar("T")
 
 
-def all_reduce_sum(tensor: Tensor, group: Group, purpose: str) -> dist.Work | None:
+def all_reduce_sum(tensor: Tensor, group: Group, purpose: str) -> dist.Work:
     """Sum `tensor` over the group in place, without waiting: call `wait()` on what is returned before reading it."""
     group.traffic.count(purpose, 2 * (group.size - 1) * tensor.numel() * tensor.element_size() // group.size)
-    return dist.all_reduce(tensor, group=group.process_group, async_op=True)
+    work = dist.all_reduce(tensor, group=group.process_group, async_op=True)
+    assert work is not None, "this rank is a member of the groups that it holds"
+    return work
 
 
 def broadcast_object(value: T | None, group: Group, *, source: int = 0) -> T:

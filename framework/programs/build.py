@@ -4,13 +4,12 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from framework.batch import Condition, Tokens
 from framework.data.buckets import Stream, open_streams
 from framework.data.config import StreamConfig
 from framework.data.loader import BatchBuilder
@@ -31,12 +30,6 @@ from framework.run import Run, claim_attempt, store_recipe
 from framework.text.encoder import TextEncoder, build_text_encoder
 from framework.tokenizer.config import tokenizer_version
 from framework.tokenizer.tokenizer import Tokenizer, build_tokenizer
-
-
-class Predictor(Protocol):
-    """An engine, or a model in one process."""
-
-    def __call__(self, tokens: Tokens, condition: Condition) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -80,8 +73,6 @@ def open_run(recipe: Recipe, overrides: tuple[str, ...], mesh: Mesh) -> Run:
     """Rank 0 claims an attempt and stores the recipe, before any weight exists; the others write to logs from here
     on.
     """
-    from pathlib import Path
-
     path = Path(recipe.run)
     claimed: int | None = None
     if mesh.rank == 0:

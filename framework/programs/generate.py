@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from framework.batch import Condition, Noised
+from framework.batch import Condition, Noised, Predictor
 from framework.diffusion.flow import NUM_TRAIN_TIMESTEPS, keyed_noise
 from framework.diffusion.sampler import euler
 from framework.diffusion.timesteps import num_tokens, shift_value
 from framework.diffusion.video_file import to_uint8
 from framework.keys import key
 from framework.models.patchify import patchify, unpatchify_output
-from framework.programs.build import Encoders, Predictor
+from framework.programs.build import Encoders
 from framework.recipe import Recipe
 from framework.shapes import ClipShape, latent_shape
 

@@ -19,12 +19,14 @@ from framework.run import Run
 class Observer:
     """Validates and samples when the recipe says so."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, run: Run, flow: Flow, *, engine: Engine, ema: Ema) -> None:
+    def __init__(
+        self, recipe: Recipe, mesh: Mesh, run: Run, *, flow: Flow, engine: Engine, ema: Ema, encoders: build.Encoders
+    ) -> None:
         self._recipe, self._mesh, self._run = recipe, mesh, run
         self._engine, self._ema = engine, ema
-        self._validation = build_validation(recipe, mesh, flow) if recipe.validation.every else None
+        self._validation = build_validation(recipe, mesh, flow, encoders) if recipe.validation.every else None
         clip = recipe.data.buckets[0].clip
-        self._generator = Generator(recipe, build.build_encoders(recipe), clip, build.this_device())
+        self._generator = Generator(recipe, encoders, clip, build.this_device())
 
     def is_due(self, step: int) -> bool:
         """Whether something happens after this step."""
@@ -73,7 +75,7 @@ class Observer:
                 write_contact_sheet(stem.with_suffix(".png"), [(prompt, video)])
 
 
-def build_validation(recipe: Recipe, mesh: Mesh, flow: Flow) -> Validation:
+def build_validation(recipe: Recipe, mesh: Mesh, flow: Flow, encoders: build.Encoders) -> Validation:
     """The held-out clips of the recipe. Raises ValueError when one of them is trained on."""
     streams = build.open_data(recipe, [StreamConfig(path) for path in recipe.validation.shards])
     if recipe.validation.held_out:
@@ -82,7 +84,7 @@ def build_validation(recipe: Recipe, mesh: Mesh, flow: Flow) -> Validation:
         recipe.validation,
         streams,
         recipe.data.buckets,
-        builder=build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0),
+        builder=build.build_builder(recipe, streams, encoders, dropout=0.0),
         flow=flow,
         mesh=mesh,
         micro_batch=recipe.data.micro_batch,

@@ -69,8 +69,9 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     if found is not None:
         progress = checkpoints.load(found, [*engine.fragments(), *ema.fragments()])
         engine.refresh(step=progress.step)
-    parts = build_parts(recipe, mesh, engine, ema, start=progress.step)
-    observer = Observer(recipe, mesh, run, parts.flow, engine=engine, ema=ema)
+    encoders = build.build_encoders(recipe)
+    parts = build_parts(recipe, mesh, engine, ema=ema, encoders=encoders, start=progress.step)
+    observer = Observer(recipe, mesh, run, flow=parts.flow, engine=engine, ema=ema, encoders=encoders)
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
     for text in (*invocation.notes, *start_lines(parts, progress, run)):
         report.say(text)
@@ -103,13 +104,13 @@ def loop(
     """The steps. Returns where it ended and the signal that ended it, if one did."""
     recipe, last = parts.recipe, parts.recipe.train.steps
     pending: StepRecord | None = None
-    saved: int | None = progress.step if progress.step else None
     stopped: int | None = None
     gc.disable()
     while progress.step < last and stopped is None:
-        begin, waited = time.perf_counter(), parts.loader.waited
+        # Whether anybody was asked to stop is agreed on while the step runs, and so before the next one.
         asked = torch.tensor([stop.signal or 0])
         agreement = all_reduce_sum(asked, parts.mesh.control, "stop")
+        begin, waited = time.perf_counter(), parts.loader.waited
         work = parts.schedule[progress.step]
         loss_sum, stats, uids = optimizer_step(parts, work)
         progress = advance(progress, work, parts.num_tokens, stats)
@@ -131,23 +132,20 @@ def loop(
             traffic=traffic(parts.mesh),
             uids=uids,
         )
-        if agreement is not None:
-            agreement.wait()
-        if int(asked) and progress.step < last:
-            stopped = signal.SIGINT if stop.signal == signal.SIGINT else signal.SIGTERM
-        if progress.step % recipe.train.collect_garbage_every == 0:
-            gc.collect()
-        if observer.is_due(progress.step) or progress.step == last or stopped:
-            publish(metrics, report, pending)
-            pending = None
         if progress.bad_steps >= recipe.train.max_bad_steps:
             raise RunFailure(f"up to step {progress.step}, {progress.bad_steps} updates in a row had no finite norm")
+        agreement.wait()
+        stopped = (stop.signal or signal.SIGTERM) if int(asked) and progress.step < last else None
+        saves = progress.step % recipe.checkpoint.every == 0 or progress.step == last or stopped is not None
+        if saves or observer.is_due(progress.step):
+            publish(metrics, report, pending)
+            pending = None
         observer.observe(progress.step, metrics, report)
-        if progress.step % recipe.checkpoint.every == 0 or progress.step == last or stopped:
+        if saves:
             checkpoints.save([*parts.engine.fragments(), *parts.ema.fragments()], progress)
-            saved = progress.step
+        if progress.step % recipe.train.collect_garbage_every == 0:
+            gc.collect()
     gc.enable()
-    assert saved == progress.step or not progress.step
     return progress, stopped
 
 
@@ -168,9 +166,8 @@ def optimizer_step(parts: Parts, work: Work) -> tuple[Tensor, StepStats, tuple[s
     return loss_sum, stats, tuple(uids)
 
 
-def build_parts(recipe: Recipe, mesh: Mesh, engine: Engine, ema: Ema, *, start: int) -> Parts:
+def build_parts(recipe: Recipe, mesh: Mesh, engine: Engine, *, ema: Ema, encoders: build.Encoders, start: int) -> Parts:
     """Data, objective and order for the loop."""
-    encoders = build.build_encoders(recipe)
     streams = build.open_data(recipe, recipe.data.streams)
     schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=mesh.dp.size, dp_index=mesh.dp.index)
     builder = build.build_builder(recipe, streams, encoders, dropout=recipe.text.dropout)

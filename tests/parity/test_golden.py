@@ -14,8 +14,9 @@ from pool import run_ranks
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests/golden/quickstart.json"
 STEPS = 20
-# Kernels round differently from one CPU to the next. MEASURED
-TOLERANCE = 1e-3
+# Kernels round differently from one CPU to the next. Measured: torch's AVX2 and its plain kernels instead of AVX512, on
+# 1, 2 and 3 ranks, differ by at most 4.5e-7 in a loss and 2.1e-6 in a norm; ten times that is allowed.
+TOLERANCE = 2e-5
 
 
 def test_quickstart_losses(rabbit_latents: Path, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from pool import run_ranks
 from ranks import train
 from torch import Tensor
 
+from framework.checkpoint.commit import newest_of_run
 from framework.data.shards import LatentSample, open_shards
 from framework.diffusion.video_file import to_uint8
 from framework.programs import build
 from framework.programs.generate import Generator
-from framework.programs.sample import LocalModel, load_model, newest
+from framework.programs.sample import LocalModel, load_model
 from framework.run import recipe_of_run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,7 +45,7 @@ def test_overfit(rabbit_latents: Path, tmp_path: Path) -> None:
     stills = [*clip, clip.double().mean(0)]
     best_still = max(psnr(still.expand(clip.shape), clip) for still in stills)
 
-    model = LocalModel(load_model(recipe, newest(run), weights="ema", device=CPU))
+    model = LocalModel(load_model(recipe, newest_of_run(run), weights="ema", device=CPU))
     generator = Generator(recipe, encoders, recipe.data.buckets[0].clip, CPU)
     for seed in (1, 2):
         (video,) = generator(model, [sample.captions[0].text], seed=seed)
