@@ -6,9 +6,12 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed  # noqa: F401  (warms the fork server)
+# Imported for their warmth alone: what a rank would otherwise import at its first step takes 4 s of each.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import numpy as np
+import streaming.base.format  # noqa: F401
 import torch
+import torch._dynamo
 from torch import Tensor
 
 import framework.parallel.zero.deepspeed  # noqa: F401
