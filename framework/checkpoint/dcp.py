@@ -12,6 +12,7 @@ so that DCP may stage the tensors (copy them) between planning and writing.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,10 +146,13 @@ def load_fragments(path: Path, fragments: list[Fragment], group: dist.ProcessGro
 
     Raises ValueError on a missing or partly covered tensor.
     """
-    load(
-        {fragment.key: fragment.flat for fragment in fragments},
-        storage_reader=FileSystemReader(path),
-        planner=FragmentLoadPlanner(fragments),
-        process_group=group,
-        no_dist=not dist.is_initialized(),
-    )
+    with warnings.catch_warnings():
+        # DCP warns of a load in one process without a process group, which is what sampling is.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(
+            {fragment.key: fragment.flat for fragment in fragments},
+            storage_reader=FileSystemReader(path),
+            planner=FragmentLoadPlanner(fragments),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
