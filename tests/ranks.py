@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Imported for their warmth alone: what a rank would otherwise import at its first step takes 4 s of each.
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer
 import numpy as np
 import streaming.base.format  # noqa: F401
 import torch
 import torch._dynamo
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
 import framework.parallel.zero.deepspeed  # noqa: F401
@@ -99,3 +100,54 @@ def first_step(env: Environment, recipe_path: Path, overrides: list[str], step: 
 def projection(shape: tuple[int, ...]) -> Tensor:
     """Values for proj_out, whose initial zeros would hide every gradient behind it."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 0.1
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What DeepSpeed itself says of its state, and the flat ranges that our fragments claim on this rank.
+
+    full: state -> tensor name -> values, on rank 0, by DeepSpeed's own gathering. low: the gathered parameters in their
+    computing precision. ranges: key -> (start, number of elements).
+    """
+
+    full: dict[str, dict[str, np.ndarray]]
+    low: dict[str, np.ndarray]
+    ranges: dict[str, tuple[int, int]]
+
+
+def engine_state(env: Environment, recipe_path: Path, overrides: list[str]) -> EngineState:
+    """Fill weights and moments through the fragments, and read it all back by DeepSpeed's own means."""
+    recipe = resolve_auto(load_recipe(recipe_path, overrides))
+    mesh = build.open_mesh(recipe, env)
+    model, shards = build.build_model(recipe, mesh)
+    engine = build.build_engine(recipe, model, shards, mesh)
+    build.initialise(engine.fragments(), recipe)
+    for fragment in engine.fragments():
+        if fragment.state != "model":
+            fragment.copy_from(moments(fragment.state, fragment.shard.global_shape))
+    engine.refresh(step=3)
+    if recipe.zero.stage < 3:
+        # DeepSpeed itself looks for the moments at its first step only.
+        engine._engine.optimizer._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]
+    getters = {
+        "model": safe_get_full_fp32_param,
+        "exp_avg": lambda p: safe_get_full_optimizer_state(p, "exp_avg"),
+        "exp_avg_sq": lambda p: safe_get_full_optimizer_state(p, "exp_avg_sq"),
+    }
+    full: dict[str, dict[str, np.ndarray]] = {state: {} for state in getters}
+    low = {}
+    for name, parameter in model.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for state in full:
+            full[state][name] = getters[state](parameter).float().reshape(shape).numpy().copy()
+        with deepspeed.zero.GatheredParameters([parameter], enabled=recipe.zero.stage == 3):
+            low[name] = parameter.detach().float().reshape(shape).numpy().copy()
+    ranges = {f.key: (f.start, f.flat.numel()) for f in engine.fragments()}
+    engine.destroy()
+    return EngineState(full if env.is_first else {}, low if env.is_first else {}, ranges)
+
+
+def moments(state: str, shape: tuple[int, ...]) -> Tensor:
+    """Known values for a moment."""
+    generator = torch.Generator().manual_seed(len(state) + sum(shape))
+    return torch.rand(shape, generator=generator)

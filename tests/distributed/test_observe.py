@@ -1,0 +1,65 @@
+"""Validation and samples look and don't touch: training stays the same bit for bit, the value on every mesh."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import ranks
+from pool import run_ranks
+from tiny import CLIP, write_latents, write_recipe
+
+WORDS = ["data.global_batch=4", "train.steps=6", "mesh.dp=auto", "validation.samples=5", "ema.decay=0.5"]
+
+
+def run(folder: Path, shards: Path, dp: int, *words: str) -> Path:
+    name = f"{dp}-{len(list(folder.iterdir()))}"
+    recipe = write_recipe(folder, shards, [*WORDS, f"run={folder / name}", *words], name=f"{name}.yaml")
+    run_ranks(ranks.train, dp, recipe, [])
+    return folder / name
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_latents(tmp_path_factory.mktemp("held"), prefix="held", num_samples=5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_observing_changes_no_bit(tmp_path: Path, tiny_shards: Path, held_out: Path, stage: int) -> None:
+    observing = [
+        "validation.every=2",
+        f"validation.shards=[{held_out}]",
+        "samples.every=3",
+        "samples.prompts=[a, b, c]",
+    ]
+    for precision in ("float32", "bfloat16"):
+        words = [f"zero.stage={stage}", f"precision.parameters={precision}"]
+        plain = run(tmp_path, tiny_shards, 2, *words)
+        observed = run(tmp_path, tiny_shards, 2, *words, *observing)
+        curves = [[(x["loss"], x["grad_norm"]) for x in lines(path / "metrics.jsonl")] for path in (plain, observed)]
+        assert curves[0] == curves[1]
+    names = sorted(path.name for path in (observed / "samples").iterdir())
+    steps_and_prompts = [f"step-{step:08}-{n:02}" for step in (3, 6) for n in (0, 1, 2)]
+    assert names == sorted(f"{stem}.{kind}" for stem in steps_and_prompts for kind in ("mp4", "png"))
+    with av.open(str(observed / "samples" / "step-00000006-02.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == CLIP.frames
+
+
+def test_validation_is_the_same_on_every_mesh(tmp_path: Path, tiny_shards: Path, held_out: Path) -> None:
+    words = ["validation.every=3", f"validation.shards=[{held_out}]", "data.micro_batch=2"]
+    results = {dp: lines(run(tmp_path, tiny_shards, dp, *words) / "validation.jsonl") for dp in (1, 2, 3)}
+    assert [(x["step"], x["weights"]) for x in results[1]] == [(3, "raw"), (3, "ema"), (6, "raw"), (6, "ema")]
+    for x in results[1]:
+        (bucket,) = x["buckets"].values()
+        assert len(bucket["loss"]) == len(bucket["sigma"]) == 8
+        assert bucket["sigma"] == pytest.approx([(j + 0.5) / 8 for j in range(8)]), "quantiles of the uniform levels"
+        assert x["loss"] == pytest.approx(sum(bucket["loss"]) / 8)
+    for dp in (2, 3):
+        for a, b in zip(results[dp], results[1], strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert results[1][0]["loss"] != results[1][1]["loss"], "the average isn't the live weights"
