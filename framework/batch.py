@@ -43,8 +43,7 @@ class Batch:
     """One micro-batch of one rank.
 
     latents: `B c t h w` float32. weights: `B`, 0 for empty slots. draws and uids: B strings. positions: each sample's
-    place among
-    the step's samples over all ranks, -1 for empty slots.
+    place among the step's samples over all ranks, -1 for empty slots.
     """
 
     latents: Tensor
@@ -59,9 +58,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch after noising: latents x_sigma and target `B c t h w`, timesteps `B t` (0..1000, one a frame of
-    patches), weights
-    `B`."""
+    """A batch after noising: latents x_sigma and target `B c t h w`, timesteps `B t` (0..1000, one a frame of patches),
+    weights `B`.
+    """
 
     latents: Tensor
     target: Tensor
@@ -86,8 +85,7 @@ class Tokens:
     """What the transformer eats: one rank's part of the tokens of a micro-batch.
 
     patches: `B S P`. target: `B S Q` in the order of the model's output, None when sampling. positions: `B S 3` int64
-    (latent
-    frame, row, column). frame_index: `B S` int64 into the frames of timesteps. timesteps: `B t`. weights: `B`.
+    (latent frame, row, column). frame_index: `B S` int64 into the frames of timesteps. timesteps: `B t`. weights: `B`.
     """
 
     patches: Tensor

@@ -3,8 +3,7 @@
     e <- e + (1 - d_n)(w - e),    d_n = min(decay, (1 + n) / (10 + n))
 
 Each rank averages the fragments it holds; nothing is gathered. To evaluate with the average, its values and the live
-ones are
-exchanged in place and exchanged back.
+ones are exchanged in place and exchanged back.
 """
 
 from collections.abc import Iterator

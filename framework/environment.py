@@ -1,8 +1,8 @@
 """The only reader of os.environ: what a launcher tells a rank, and what signals ask of it.
 
 The contract is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT); our own launcher
-adds
-CUBOID_FAILURES, a directory into which a failing rank writes one message, so that it is shown once and not once a rank.
+adds CUBOID_FAILURES, a directory into which a failing rank writes one message, so that it is shown once and not once a
+rank.
 """
 
 import os

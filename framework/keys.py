@@ -1,8 +1,7 @@
 """Where all randomness starts: key(seed, purpose, uid=, step=) -> a 64-bit integer.
 
 A key is the first eight bytes of a BLAKE2b hash (RFC 7693) of its arguments, so it is the same on every rank, mesh,
-machine
-and Python version, and two purposes never share a stream. No draw in the project depends on a rank.
+machine and Python version, and two purposes never share a stream. No draw in the project depends on a rank.
 """
 
 from hashlib import blake2b

@@ -1,8 +1,7 @@
 """metrics.jsonl: one line a step, and TensorBoard where asked for.
 
 A step's loss is a tensor whose sum over the ranks is still under way when the step ends; it is read when the next step
-has been
-launched, so that nothing waits for it.
+has been launched, so that nothing waits for it.
 """
 
 import json

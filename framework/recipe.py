@@ -71,11 +71,10 @@ class EmaConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """steps: optimizer steps. deterministic: only kernels with a fixed order of summation. collect_garbage_every:
-    steps between
-    Python's garbage collections, which are otherwise off. max_bad_steps: updates skipped in a row (norm not finite)
-    before the
-    run stops."""
+    """steps: optimizer steps. deterministic: only kernels with a fixed order of summation. collect_garbage_every: steps
+    between Python's garbage collections, which are otherwise off. max_bad_steps: updates skipped in a row (norm not
+    finite) before the run stops.
+    """
 
     steps: int = 1000
     deterministic: bool = False

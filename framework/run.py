@@ -4,8 +4,7 @@
         checkpoints/step-00000100/   samples/   attempts/0000/{recipe.yaml,verdict.json,logs/}
 
 An attempt is claimed by creating its directory, which only one process can do: the directory is the fence. A process
-whose
-attempt is no longer the newest must not commit anything.
+whose attempt is no longer the newest must not commit anything.
 """
 
 import dataclasses
@@ -156,8 +155,7 @@ def resolve_invocation(recipe_path: Path, overrides: list[str]) -> Resolved:
     """The recipe of `cuboid train RECIPE key=value ...`.
 
     In a new run: the file under the overrides. In an existing one the stored recipe is the base and only the overrides
-    given
-    now count; a file that differs from what the run was started with is shown as a diff.
+    given now count; a file that differs from what the run was started with is shown as a diff.
 
     Raises ValueError for a key that changes the data order, the loss or the model of an existing run.
     """

@@ -3,8 +3,7 @@
     RUN/checkpoints/step-00000100/   *.distcp  .metadata  manifest.json
 
 The manifest lists every file with its size. A directory without one, or with a file of another size, is not a
-checkpoint:
-an interrupted write is never taken for one.
+checkpoint: an interrupted write is never taken for one.
 """
 
 import dataclasses

@@ -1,14 +1,11 @@
 """Fragments through torch's distributed checkpoint (DCP): every rank writes and reads the boxes it holds.
 
 A checkpoint holds fp32 tensors under global names ("model.*", "exp_avg.*", "exp_avg_sq.*", "ema.*") with their global
-shapes,
-so any mesh, ZeRO stage or engine can read it, and so can plain `torch.distributed.checkpoint.load` in one process.
-Nothing is
-gathered and no byte is written twice.
+shapes, so any mesh, ZeRO stage or engine can read it, and so can plain `torch.distributed.checkpoint.load` in one
+process. Nothing is gathered and no byte is written twice.
 
 The state dict handed to DCP holds one flat tensor a key; the planner turns it into boxes by the fragment's coordinates
-alone,
-so that DCP may stage the tensors (copy them) between planning and writing.
+alone, so that DCP may stage the tensors (copy them) between planning and writing.
 """
 
 import dataclasses

@@ -53,8 +53,8 @@ class BucketConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """streams and buckets: at least one each. global_batch: samples a step over all ranks. micro_batch: samples of one
-    forward
-    of one rank. window: shards whose samples are shuffled together. prefetch: micro-batches prepared ahead."""
+    forward of one rank. window: shards whose samples are shuffled together. prefetch: micro-batches prepared ahead.
+    """
 
     streams: list[StreamConfig] = field(default_factory=list)
     buckets: list[BucketConfig] = field(default_factory=list)

@@ -79,9 +79,8 @@ def probe(video: bytes | Path, *, name: str = "") -> VideoInfo:
 def decode_clip(video: bytes, *, start: int, clip: ClipShape, stride: float = 1.0, name: str = "video") -> np.ndarray:
     """Frames `start + source_offsets(clip.frames, stride)` of a video, resized to cover and centre-cropped.
 
-    stride: source frames for each frame of the clip (see `frame_stride`). name: what errors call the video. Returns
-    `T H W C` uint8.
-    Raises ValueError naming the video when it's broken or ends before the last of the frames.
+    stride: source frames for each frame of the clip (see `frame_stride`). name: what errors call the video. Returns `T
+    H W C` uint8. Raises ValueError naming the video when it's broken or ends before the last of the frames.
     """
     if start < 0:
         raise ValueError(f"{name}: the first frame of a clip can't be {start}")

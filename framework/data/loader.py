@@ -1,8 +1,7 @@
 """Samples -> batches on the device, prepared ahead by one thread.
 
 The thread knows the schedule, so it reads exactly what the coming steps need. The position belongs to the batch that
-was
-consumed, never to the thread: a resumed run starts a new loader at its step.
+was consumed, never to the thread: a resumed run starts a new loader at its step.
 """
 
 import queue

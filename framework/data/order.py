@@ -1,16 +1,13 @@
 """The order of samples: a keyed permutation in two levels, computed by index.
 
 Shards are permuted, then the samples of a window of consecutive permuted shards are permuted among themselves, so that
-reading
-stays near a few shards while neighbours in the order come from many. Nothing is shuffled in memory: each level is a
-bijection
-of integers that is evaluated at one index, so any position of any epoch is found at once and no state is saved.
+reading stays near a few shards while neighbours in the order come from many. Nothing is shuffled in memory: each level
+is a bijection of integers that is evaluated at one index, so any position of any epoch is found at once and no state is
+saved.
 
 The bijection is an eight-round Feistel network over the next even power of two, walked along its cycle until it lands
-inside
-(cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). The round function is
-SplitMix64's
-finaliser (Steele et al., OOPSLA 2014).
+inside (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). The round function is
+SplitMix64's finaliser (Steele et al., OOPSLA 2014).
 """
 
 from dataclasses import dataclass
@@ -106,8 +103,7 @@ class Mixture:
     """Which component every slot of an infinite sequence belongs to, by a low-discrepancy sequence.
 
     Slot n lies at frac(offset + n * golden ratio) in 64-bit integers (Weyl's sequence): any run of n slots holds each
-    component
-    within O(log n) of its share, and n is random access.
+    component within O(log n) of its share, and n is random access.
     """
 
     GOLDEN = np.uint64(0x9E3779B97F4A7C15)

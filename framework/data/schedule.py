@@ -1,12 +1,9 @@
 """What happens in a step, as a pure function of (seed, step, the recipe's data keys): schedule[step] -> Work.
 
 A step has `global_batch` slots. A low-discrepancy sequence gives each slot its bucket, another each draw of a bucket
-its stream,
-and the order gives each draw of a stream's view its sample. Only then the mesh comes in: the slots of a bucket are
-dealt to the
-dp ranks in turn and cut into micro-batches, the same number on every rank. A rank without a slot left gets an empty
-one, which
-weighs nothing.
+its stream, and the order gives each draw of a stream's view its sample. Only then the mesh comes in: the slots of a
+bucket are dealt to the dp ranks in turn and cut into micro-batches, the same number on every rank. A rank without a
+slot left gets an empty one, which weighs nothing.
 """
 
 from dataclasses import dataclass

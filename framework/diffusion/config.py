@@ -83,8 +83,8 @@ class LossConfig:
 @dataclass(frozen=True)
 class SamplerConfig:
     """Euler steps; guidance 1 needs no unconditional pass; shift None takes the training shift. fps of the file
-    written: None takes
-    the first bucket's, else 24."""
+    written: None takes the first bucket's, else 24.
+    """
 
     steps: int = 30
     guidance: float = 1.0

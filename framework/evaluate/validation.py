@@ -1,8 +1,7 @@
 """The loss on held-out clips, as a number that can be compared across steps, meshes and runs.
 
-Every clip is noised at the same stratified levels, the quantiles (j + 1/2) / n of the training distribution, with
-noise keyed by the
-clip and j. So the value depends on the weights alone: not on the step, the mesh or luck.
+Every clip is noised at the same stratified levels, the quantiles (j + 1/2) / n of the training distribution, with noise
+keyed by the clip and j. So the value depends on the weights alone: not on the step, the mesh or luck.
 """
 
 from dataclasses import dataclass

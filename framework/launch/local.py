@@ -1,8 +1,7 @@
 """Ranks on this machine: start them, pass signals on, end them all when one fails, say why once.
 
 Every rank is a process of its own that runs the same command with a place in its environment; rank 0 keeps the
-terminal. A rank that
-fails writes its message into a directory; the earliest message is the one that is shown.
+terminal. A rank that fails writes its message into a directory; the earliest message is the one that is shown.
 """
 
 import ctypes

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 class ModelConfig:
     """One transformer.
 
-    patch_size: latent frames, rows and columns that make one token.
-    num_attention_heads, attention_head_dim: of self- and cross-attention. ffn_dim: width inside the feed-forward.
-    num_layers: blocks. eps: of every norm.
-    in_channels, out_channels: of the latent. Image-to-video has more in than out: the condition is concatenated.
-    text_dim: width of the caption encoder. freq_dim: number of sinusoids of the timestep.
-    cross_attn_norm: an affine LayerNorm before the cross-attention (all published Wan models).
-    qk_norm: only `rms_norm_across_heads`, the one that exists; diffusers ignores the value and always does this.
-    image_dim: width of the image encoder whose tokens are attended to besides the text (Wan 2.1 image-to-video).
-    added_kv_proj_dim: input width of the projections of the image tokens; these arrive at width D, so it is D.
-    pos_embed_seq_len: number of image tokens, if these get a learned position (first and last frame: 2 * 257).
-    rope_max_seq_len: length of diffusers' table of rotary angles, per axis, in tokens. Here the angles are computed
+    patch_size: latent frames, rows and columns that make one token. num_attention_heads, attention_head_dim: of self-
+    and cross-attention. ffn_dim: width inside the feed-forward. num_layers: blocks. eps: of every norm. in_channels,
+    out_channels: of the latent. Image-to-video has more in than out: the condition is concatenated. text_dim: width of
+    the caption encoder. freq_dim: number of sinusoids of the timestep. cross_attn_norm: an affine LayerNorm before the
+    cross-attention (all published Wan models). qk_norm: only `rms_norm_across_heads`, the one that exists; diffusers
+    ignores the value and always does this. image_dim: width of the image encoder whose tokens are attended to besides
+    the text (Wan 2.1 image-to-video). added_kv_proj_dim: input width of the projections of the image tokens; these
+    arrive at width D, so it is D. pos_embed_seq_len: number of image tokens, if these get a learned position (first and
+    last frame: 2 * 257). rope_max_seq_len: length of diffusers' table of rotary angles, per axis, in tokens. Here the
+    angles are computed
         from the positions and a longer axis simply works. The number is kept as part of the interchange format:
         weights trained on a longer axis need a larger one before diffusers can run them at that length.
     """

@@ -1,8 +1,7 @@
 """Collectives that take their group as an argument and count what they send.
 
 Bytes are what one rank sends by the bandwidth-optimal algorithm: an all-reduce 2 (n-1)/n of its tensor, a rooted
-broadcast
-(n-1)/n of it (the mean over the ranks).
+broadcast (n-1)/n of it (the mean over the ranks).
 """
 
 from typing import TypeVar

@@ -1,15 +1,13 @@
 """Which part of a global tensor a rank holds.
 
 A tensor-parallel rank holds one axis-aligned box of the global tensor, a `ParameterShard`. ZeRO partitions the
-row-major
-flattening of that box: a `Fragment` is a contiguous range [start, start + n) of it, as a 1-D view of the engine's own
-buffer. Any such range falls into at most 2N - 1 contiguous axis-aligned boxes of an N-dimensional tensor:
+row-major flattening of that box: a `Fragment` is a contiguous range [start, start + n) of it, as a 1-D view of the
+engine's own buffer. Any such range falls into at most 2N - 1 contiguous axis-aligned boxes of an N-dimensional tensor:
 
     range = tail of the first row | whole rows | head of the last row, and the same inside the two partial rows.
 
 Boxes are what torch's distributed checkpoint stores, so the same fragments serve saving, loading, initialisation, EMA
-and
-verification, on any mesh and in any ZeRO stage.
+and verification, on any mesh and in any ZeRO stage.
 """
 
 from collections.abc import Iterator
@@ -87,8 +85,7 @@ class Fragment:
     """A flat range of a parameter shard, in one state of the training.
 
     state: "model" (fp32 master weights), "exp_avg", "exp_avg_sq" or "ema". flat: 1-D view of the live buffer: writing
-    to it
-    writes the state.
+    to it writes the state.
     """
 
     state: str

@@ -8,9 +8,8 @@ from typing import Literal
 class ZeroConfig:
     """engine: what partitions. stage: 1 optimizer state, 2 gradients too, 3 parameters too (ZeRO, arXiv 1910.02054).
 
-    bucket_size: elements of a reduction bucket (DeepSpeed allocates it whole). persistence: stage 3 keeps parameters
-    of fewer
-    elements than this gathered.
+    bucket_size: elements of a reduction bucket (DeepSpeed allocates it whole). persistence: stage 3 keeps parameters of
+    fewer elements than this gathered.
     """
 
     engine: Literal["deepspeed"] = "deepspeed"

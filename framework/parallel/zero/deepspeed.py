@@ -5,13 +5,10 @@ that a round trip through `fragments` is exact. What DeepSpeed is told, and why:
 
 * Its "data parallel group" is our zero group, dp x cp, through an `mpu` without any `get_sequence_*` method: told of
   sequence parallelism, its stages disagree on whether gradients are summed or averaged over it (measured: a gradient
-  norm
-  off by exactly the degree in stage 2, right in stage 3).
+  norm off by exactly the degree in stage 2, right in stage 3).
 * Gradient accumulation is ours: `gradient_accumulation_steps` is 1, the boundary is set before each backward, and the
-number
-  of micro-batches may differ from step to step.
-* Gradients accumulate and travel in float32 also when parameters are bfloat16 (stage 1 then becomes its
-BF16_Optimizer).
+  number of micro-batches may differ from step to step.
+* Gradients accumulate and travel in float32 also when parameters are bfloat16 (stage 1 is then its BF16_Optimizer).
 * `use_multi_rank_bucket_allreduce: false`: by default stages 1 and 2 all-reduce every bucket, twice the bytes needed.
 """
 
@@ -37,9 +34,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class GroupsForDeepSpeed:
-    """The `mpu` object DeepSpeed asks for its groups. Deliberately without `get_sequence_*` (see the module's
-    docstring).
-    """
+    """The `mpu` object DeepSpeed asks for its groups; on purpose without `get_sequence_*` (see the module's docstring)."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._tp, self._zero = mesh.tp, mesh.zero
@@ -203,8 +198,7 @@ def build_deepspeed(
     precision: PrecisionConfig,
     optimizer: OptimizerConfig,
 ) -> DeepSpeedEngine:
-    """Give a model on the meta device its partitioned storage and optimizer. Weights are zero until the caller fills
-    them.
+    """Give a model on the meta device its partitioned storage and optimizer; its weights are zeros.
 
     In stage 3 every module is materialised and partitioned by itself, so that no rank ever holds the whole model.
     """

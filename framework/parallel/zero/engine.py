@@ -1,8 +1,7 @@
 """What a ZeRO engine does for the training loop, whoever implements it.
 
 The gradient is d(global mean loss)/d(global tensor). Engines average over the zero group (dp x cp), so `backward`
-scales
-the local sum by  size(zero) / global_count,  once, here and nowhere else.
+scales the local sum by  size(zero) / global_count,  once, here and nowhere else.
 """
 
 from collections.abc import Iterator
@@ -46,8 +45,8 @@ class Engine(Protocol):
 
     def refresh(self, *, step: int) -> None:
         """After the master weights were written from outside: recompute what is cast or gathered from them, set the
-        step
-        of the bias correction."""
+        step of the bias correction.
+        """
         ...
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
