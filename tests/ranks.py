@@ -3,8 +3,11 @@
 import hashlib
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
 
 # Imported for their warmth alone: what a rank would otherwise import at its first step takes 4 s of each.
 import deepspeed.runtime.zero.muon.muon_optimizer
@@ -16,6 +19,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor
 
 import framework.parallel.zero.deepspeed  # noqa: F401
+from framework.checkpoint import store
 from framework.data.loader import Loader
 from framework.data.schedule import Schedule
 from framework.environment import Environment
@@ -28,18 +32,42 @@ from framework.run import Verdict, resolve_invocation
 torch.set_num_threads(1)
 
 
-def train(env: Environment, recipe: Path, overrides: list[str], die_before_step: int | None = None) -> Verdict:
-    """`cuboid train` on this rank; `die_before_step` counts from 0."""
-    if die_before_step is not None:
-        step = program.optimizer_step
+@dataclass(frozen=True)
+class Death:
+    """Where a rank kills itself: before step `step` (from 0), or in the save after it, before it writes or commits."""
 
-        def fatal(parts: program.Parts, work: program.Work) -> object:
-            if work.step == die_before_step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(parts, work)
+    step: int
+    place: Literal["step", "write", "commit"] = "step"
 
-        program.optimizer_step = fatal
+
+def train(env: Environment, recipe: Path, overrides: list[str], death: Death | None = None) -> Verdict:
+    """`cuboid train` on this rank."""
+    if death is not None:
+        arrange(death)
     return program.train(resolve_invocation(recipe, overrides), env)
+
+
+def arrange(death: Death) -> None:
+    """Put the death in the way."""
+
+    def before(module: ModuleType, name: str, due: Callable[..., bool]) -> None:
+        original = getattr(module, name)
+
+        def fatal(*args: Any, **kwargs: Any) -> Any:
+            if due(*args, **kwargs):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(module, name, fatal)
+
+    saved = f"step-{death.step:08}"
+    match death.place:
+        case "step":
+            before(program, "optimizer_step", lambda parts, work: work.step == death.step)
+        case "write":
+            before(store, "save_fragments", lambda path, *_: path.name == saved)
+        case "commit":
+            before(store, "commit", lambda path, **_: path.name == saved)
 
 
 @dataclass(frozen=True)
@@ -151,3 +179,38 @@ def moments(state: str, shape: tuple[int, ...]) -> Tensor:
     """Known values for a moment."""
     generator = torch.Generator().manual_seed(len(state) + sum(shape))
     return torch.rand(shape, generator=generator)
+
+
+def bad_step(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple[bool, bool, bool, bool]:
+    """A step whose loss isn't a number on the last rank, then a good one.
+
+    (skipped, every weight and moment untouched, the good step not skipped, weights changed by it)
+    """
+    recipe = resolve_auto(load_recipe(recipe_path, overrides))
+    mesh = build.open_mesh(recipe, env)
+    model, shards = build.build_model(recipe, mesh)
+    engine = build.build_engine(recipe, model, shards, mesh)
+    build.initialise(engine.fragments(), recipe)
+    engine.refresh(step=0)
+    streams = build.open_data(recipe, recipe.data.streams)
+    schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=mesh.dp.size, dp_index=mesh.dp.index)
+    builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0)
+    flow = build.build_flow(recipe)
+
+    def step(factor: float) -> tuple[bool, list[Tensor]]:
+        work = schedule[0]
+        for index, micro in enumerate(work.micro_batches):
+            batch = builder.build(micro, step=0)
+            tokens = patchify(flow.noise(batch, step=0), recipe.model.patch_size)
+            loss = flow.loss_sum(engine(tokens, batch.condition), tokens) * factor
+            engine.backward(loss, global_count=4.0, last=index + 1 == work.num_micro)
+        skipped = engine.step(lr=1e-2).skipped
+        return skipped, [fragment.flat.clone() for fragment in engine.fragments()]
+
+    before = [fragment.flat.clone() for fragment in engine.fragments()]
+    bad, after_bad = step(torch.nan if env.rank == env.world_size - 1 else 1.0)
+    good, after_good = step(1.0)
+    untouched = all(torch.equal(a, b) for a, b in zip(before, after_bad, strict=True))
+    changed = any(not torch.equal(a, b) for a, b in zip(after_bad, after_good, strict=True))
+    finite = all(torch.isfinite(flat).all() for flat in after_good)
+    return bad, untouched, not good, changed and finite

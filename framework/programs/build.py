@@ -70,7 +70,7 @@ def agree_on_recipe(recipe: Recipe, control: Group) -> None:
 
 
 def open_run(recipe: Recipe, overrides: tuple[str, ...], mesh: Mesh) -> Run:
-    """Rank 0 claims an attempt and stores the recipe, before any weight exists; the others write to logs from now on."""
+    """Rank 0 claims an attempt and stores the recipe before any weight exists; the others write to logs from now on."""
     path = Path(recipe.run)
     claimed: int | None = None
     if mesh.rank == 0:

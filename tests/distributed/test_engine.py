@@ -42,3 +42,11 @@ def test_fragments_are_deepspeeds_state(tmp_path: Path, tiny_shards: Path, dp: i
             ends = [0, *(start + count for start, count in pieces)]
             assert [start for start, _ in pieces] == ends[:-1], "each element is held once"
             assert ends[-1] == values.size
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_update_that_is_no_number_is_skipped(tmp_path: Path, tiny_shards: Path, stage: int, precision: str) -> None:
+    words = [f"zero.stage={stage}", f"precision.parameters={precision}", "mesh.dp=2"]
+    recipe_path = write_recipe(tmp_path, tiny_shards, words)
+    assert run_ranks(ranks.bad_step, 2, recipe_path, []) == [(True, True, True, True)] * 2

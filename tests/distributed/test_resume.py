@@ -13,6 +13,8 @@ from pool import run_ranks, run_until_killed
 from tiny import write_recipe
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from framework.checkpoint.commit import valid_checkpoints
+
 # 3 samples for 2 ranks: one slot of every step is empty.
 WORDS = ["mesh.dp=2", "data.global_batch=3", "ema.decay=0.9", "optimizer.schedule=cosine", "optimizer.warmup=3"]
 
@@ -36,7 +38,7 @@ def resume_after_kill(folder: Path, shards: Path, *, words: list[str], steps: in
     whole = write_recipe(folder, shards, [*words, f"run={folder / 'whole'}"], name="whole.yaml")
     broken = write_recipe(folder, shards, [*words, f"run={folder / 'broken'}"], name="broken.yaml")
     run_ranks(ranks.train, 2, whole, [])
-    exits = run_until_killed(ranks.train, 2, broken, [], kill)
+    exits = run_until_killed(ranks.train, 2, broken, [], ranks.Death(kill))
     assert exits == [-signal.SIGKILL] * 2
     reached = losses(folder / "broken")
     assert kill - 1 <= len(reached) <= kill, "the kill came at the step that was asked for"
@@ -63,3 +65,21 @@ def test_a_longer_run_resumes(tmp_path: Path, tiny_shards: Path) -> None:
 def test_partitioned_parameters_resume(tmp_path: Path, tiny_shards: Path) -> None:
     """Stage 3 keeps small parameters gathered; here none is, so every one goes through the partitioned path."""
     resume_after_kill(tmp_path, tiny_shards, words=["zero.stage=3", "zero.persistence=0"], steps=8, kill=5, every=2)
+
+
+@pytest.mark.parametrize(("place", "dying"), [("write", 2), ("commit", 1)])
+def test_a_kill_during_a_save(tmp_path: Path, tiny_shards: Path, place: str, dying: int) -> None:
+    """All ranks die as they write a checkpoint, or rank 0 as it commits one: the one before counts."""
+    words = [*WORDS, "train.steps=8", "checkpoint.every=2"]
+    whole = write_recipe(tmp_path, tiny_shards, [*words, f"run={tmp_path / 'whole'}"], name="whole.yaml")
+    broken = write_recipe(tmp_path, tiny_shards, [*words, f"run={tmp_path / 'broken'}"], name="broken.yaml")
+    run_ranks(ranks.train, 2, whole, [])
+    exits = run_until_killed(ranks.train, 2, broken, [], ranks.Death(4, place))
+    assert exits.count(-signal.SIGKILL) == dying
+    assert [found.manifest.progress.step for found in valid_checkpoints(tmp_path / "broken/checkpoints")] == [2]
+    run_ranks(ranks.train, 2, broken, [])
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    final = "checkpoints/step-00000008"
+    assert state_digests(tmp_path / "broken" / final) == state_digests(tmp_path / "whole" / final)
+    kept = valid_checkpoints(tmp_path / "broken/checkpoints")
+    assert [found.manifest.progress.step for found in kept] == [4, 6, 8], "the newest three"

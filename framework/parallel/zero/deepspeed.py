@@ -34,7 +34,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class GroupsForDeepSpeed:
-    """The `mpu` object DeepSpeed asks for its groups; on purpose without `get_sequence_*` (see the module's docstring)."""
+    """The `mpu` object DeepSpeed asks for its groups; on purpose without `get_sequence_*` (see the docstring above)."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._tp, self._zero = mesh.tp, mesh.zero
