@@ -14,7 +14,7 @@ import typer
 from framework import log
 from framework.checkpoint.commit import finished_steps, newest_of_run
 from framework.environment import Environment, read_environment, visible_gpus
-from framework.launch.check import check_start
+from framework.launch.check import check_machine, check_start
 from framework.launch.local import run_local, write_failure
 from framework.recipe import Recipe, load_recipe
 from framework.run import Resolved, RunFailure, checkpoints_of, recipe_of_run, resolve_invocation
@@ -77,7 +77,11 @@ def train(
     """
     invocation = resolve_invocation(recipe, overrides or [])
     env = read_environment()
-    if env is None:
+    wanted = invocation.recipe.train.steps
+    if (done := finished_steps(checkpoints_of(invocation.recipe))) >= wanted:
+        if env is None or env.is_first:
+            log.line(f"the run {invocation.recipe.run} is finished: {done} of {wanted} steps are done")
+    elif env is None:
         launch(invocation.recipe, ["train", str(recipe), *(overrides or [])])
     else:
         train_rank(invocation, env)
@@ -102,16 +106,19 @@ def sample(
     from framework.programs.sample import SampleRequest
     from framework.programs.sample import sample as run_sample
 
+    if out.suffix != ".mp4":
+        raise ValueError(f"--out {out}: the file is an mp4, name it {out.with_suffix('.mp4')}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps {steps} must be at least 1")
     chosen: Literal["ema", "raw"] = "ema" if weights == "ema" else "raw"
     log.line(run_sample(run, SampleRequest(prompt, out, seed, chosen, steps, guidance)))
 
 
 def launch(recipe: Recipe, arguments: list[str]) -> None:
     """Check what can be checked here, then start the local ranks."""
-    if (done := finished_steps(checkpoints_of(recipe))) >= recipe.train.steps:
-        log.line(f"the run {recipe.run} is finished: {done} of {recipe.train.steps} steps are done")
-        return
-    shape = check_start(recipe, num_ranks=None, num_gpus=visible_gpus())
+    num_gpus = visible_gpus()
+    shape = check_start(recipe, num_ranks=None, num_gpus=num_gpus)
+    check_machine(shape, num_gpus=num_gpus)
     raise typer.Exit(run_local(arguments, world_size=shape.world_size))
 
 

@@ -19,7 +19,7 @@ from framework.recipe import EmaConfig
 class Refreshable(Protocol):
     """What an engine offers after its master weights were written from outside."""
 
-    def refresh(self, *, step: int) -> None: ...
+    def refresh(self) -> None: ...
 
 
 class Ema:
@@ -38,7 +38,7 @@ class Ema:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin again at the live weights."""
+        """Begin at the live weights."""
         for average, fragment in zip(self._averages, self._live, strict=True):
             average.copy_(fragment.flat)
 
@@ -47,15 +47,15 @@ class Ema:
         return [Fragment("ema", f.shard, f.start, a) for f, a in zip(self._live, self._averages, strict=True)]
 
     @contextmanager
-    def in_place_of_weights(self, engine: Refreshable, *, step: int) -> Iterator[None]:
+    def in_place_of_weights(self, engine: Refreshable) -> Iterator[None]:
         """Run the body with the averaged weights in the engine; the live ones are back, bit for bit, afterwards."""
         self._exchange()
-        engine.refresh(step=step)
+        engine.refresh()
         try:
             yield
         finally:
             self._exchange()
-            engine.refresh(step=step)
+            engine.refresh()
 
     @torch.no_grad()
     def _exchange(self) -> None:

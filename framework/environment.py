@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -55,6 +56,7 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
     return {
         "OMP_NUM_THREADS": threads,
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what train.deterministic needs of cuBLAS
         **({} if visible_gpus() else {"DS_ACCELERATOR": "cpu"}),
         **os.environ,
         "RANK": str(rank),
@@ -79,11 +81,11 @@ def visible_gpus() -> int:
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT; the loop finishes its step, saves and ends."""
+    """Set by SIGTERM, SIGINT or SIGHUP; the loop finishes its step, saves and ends."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._set)
 
     def _set(self, number: int, frame: FrameType | None) -> None:

@@ -53,6 +53,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.lr={self.lr} must be above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={list(self.betas)} must lie in [0, 1)")
+        if self.decay_steps != "auto" and self.decay_steps < 1:
+            raise ValueError(f"optimizer.decay_steps={self.decay_steps} must be at least 1, or auto")
         for name in ("eps", "weight_decay", "clip", "warmup", "final"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be at least 0")

@@ -9,9 +9,11 @@ whose attempt is no longer the newest must not commit anything.
 
 import dataclasses
 import difflib
+import fcntl
 import fnmatch
 import json
 import os
+import socket
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -103,6 +105,25 @@ def latest_attempt(path: Path) -> int:
     return max(numbers, default=-1)
 
 
+def lock_run(path: Path) -> None:
+    """Hold the run for this process's life. Raises ValueError when a living process of this machine holds it.
+
+    A start on another machine isn't seen: there the fence keeps the older attempt from committing.
+    """
+    attempts = path / "attempts"
+    attempts.mkdir(parents=True, exist_ok=True)
+    lock = os.open(attempts / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 100, 0).decode().strip()
+        raise ValueError(f"the run {path} is in use by {holder}: wait for it or stop it first") from None
+    except OSError:  # a file system without locks
+        return
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+
 def claim_attempt(path: Path) -> int:
     """Claim the next attempt: creates its directory, which succeeds for one process only."""
     (path / "attempts").mkdir(parents=True, exist_ok=True)
@@ -163,6 +184,7 @@ def resolve_invocation(recipe_path: Path, overrides: list[str]) -> Resolved:
     if not fresh.run:
         raise ValueError("the recipe names no run directory: add run=DIR")
     path = Path(fresh.run)
+    check_directory(path)
     if not is_run(path):
         return Resolved(fresh, tuple(overrides), ())
     stored = recipe_of_run(path)
@@ -171,6 +193,16 @@ def resolve_invocation(recipe_path: Path, overrides: list[str]) -> Resolved:
     started_with = json.loads((path / "lineage.json").read_text())["overrides"]
     notes = recipe_diff(stored, recipe_path, started_with)
     return Resolved(changed, tuple(overrides), notes)
+
+
+def check_directory(path: Path) -> None:
+    """Raises ValueError where a run would be mixed with something else."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"run={path} is a file: name a directory")
+    if path.is_dir() and not is_run(path):
+        others = sorted(entry.name for entry in path.iterdir() if entry.name not in ("attempts", "lineage.json"))
+        if others:
+            raise ValueError(f"run={path} holds {others[0]!r} and is no run: name a new or empty directory")
 
 
 def recipe_diff(stored: Recipe, recipe_path: Path, started_with: list[str]) -> tuple[str, ...]:
@@ -198,13 +230,15 @@ def check_changes(stored: Recipe, changed: Recipe) -> None:
         raise ValueError(f"train.steps={changed.train.steps} is below the run's {stored.train.steps}: it may only grow")
 
 
-def store_recipe(run: Run, recipe: Recipe, overrides: tuple[str, ...]) -> None:
+def store_recipe(run: Run, recipe: Recipe, overrides: tuple[str, ...], *, dp: int) -> None:
     """Write the resolved recipe into the run and into the attempt, and the lineage.
 
-    `resume.allow` is a permission for one start, so it isn't stored.
+    `resume.allow` is a permission for one start, so it isn't stored. dp: what this attempt resolved `auto` to, which
+    the attempt's recipe says and the run's doesn't.
     """
     recipe = dataclasses.replace(recipe, resume=ResumeConfig())
-    write_atomically(run.attempt_path / "recipe.yaml", to_yaml(recipe))
+    resolved = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, dp=dp))
+    write_atomically(run.attempt_path / "recipe.yaml", to_yaml(resolved))
     write_atomically(run.path / "lineage.json", json.dumps(lineage(run.path, overrides), indent=1) + "\n")
     write_atomically(run.path / "recipe.yaml", to_yaml(recipe))
 

@@ -94,16 +94,16 @@ def first_step(env: Environment, recipe_path: Path, overrides: list[str], step: 
     for fragment in engine.fragments():
         if fragment.key == "model.proj_out.weight":
             fragment.copy_from(projection(fragment.shard.global_shape))
-    engine.refresh(step=0)
+    engine.refresh(updates=0)
     streams = build.open_data(recipe, recipe.data.streams)
     schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=mesh.dp.size, dp_index=mesh.dp.index)
     builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=recipe.text.dropout)
     flow = build.build_flow(recipe)
     loader = Loader(builder, schedule, start=step, stop=step + 1, prefetch=1)
-    work, samples, loss_sum = schedule[step], {}, 0.0
+    work, samples, loss_sum = loader.next_work(), {}, 0.0
     latents = [builder.latent_shape(b) for b in range(len(recipe.data.buckets))]
     count = flow.global_count(work.counts, latents, builder.channels)
-    for index, batch in enumerate(loader.step(work)):
+    for index, batch in enumerate(loader.batches(work)):
         noised = flow.noise(batch, step=step)
         for i, draw in enumerate(batch.draws):
             if draw:
@@ -153,7 +153,7 @@ def engine_state(env: Environment, recipe_path: Path, overrides: list[str]) -> E
     for fragment in engine.fragments():
         if fragment.state != "model":
             fragment.copy_from(moments(fragment.state, fragment.shard.global_shape))
-    engine.refresh(step=3)
+    engine.refresh(updates=3)
     if recipe.zero.stage < 3:
         # DeepSpeed itself looks for the moments at its first step only.
         engine._engine.optimizer._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]
@@ -191,7 +191,7 @@ def bad_step(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
     build.initialise(engine.fragments(), recipe)
-    engine.refresh(step=0)
+    engine.refresh(updates=0)
     streams = build.open_data(recipe, recipe.data.streams)
     schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=mesh.dp.size, dp_index=mesh.dp.index)
     builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0)

@@ -31,10 +31,12 @@ def write_latents(
     coefficients: int = COEFFICIENTS,
     prefix: str = "clip",
     part_size: int = 3,
+    poisoned: int | None = None,
 ) -> Path:
     """A directory of latent shards, one for every `part_size` samples; equal arguments give equal bytes.
 
-    The uid of sample i is "<prefix>i@0"; every other sample has two captions.
+    The uid of sample i is "<prefix>i@0"; every other sample has two captions. poisoned: a sample whose
+    latents aren't numbers.
     """
     config = TokenizerConfig("dct", DctConfig(coefficients))
     latent = latent_shape(clip, tokenizer_strides(config))
@@ -48,6 +50,8 @@ def write_latents(
     ) as writer:
         for number in range(num_samples):
             latents = np.random.default_rng(number).standard_normal(shape).astype(np.float32)
+            if number == poisoned:
+                latents[:] = np.nan
             info = SampleInfo(f"{prefix}{number}@0", clip.frames, clip.height, clip.width, 24.0)
             captions = (Caption(f"clip number {number}"), Caption(f"number {number}", 0.5))[: 1 + number % 2]
             writer.write(info.uid, "made", [LatentSample(info, latents, captions)])

@@ -2,8 +2,8 @@
 
     python tools/compare.py RUN [--seeds 1 2] [--weights ema|raw] [--out sheet.png] [--json]
 
-A sample by the clip's own caption is compared with the tokenizer's reconstruction of the clip, so that the transformer alone is
-judged, and with the best still picture: the best of the clip's frames and their mean.
+A sample by the clip's own caption is compared with the tokenizer's reconstruction of the clip, so that the transformer
+alone is judged. The best still picture (the best of the clip's frames and their mean) is what motion has to beat.
 
     PSNR = -10 log10(mean squared difference of pixels in [0, 1])
 """

@@ -20,11 +20,16 @@ FORMAT = "cuboid.checkpoint/1"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is. step: optimizer steps done, which with the recipe is the data position too."""
+    """Where a run is.
+
+    step: steps done, which with the recipe is the data position too. updates: those whose update wasn't skipped, which
+    is what Adam's bias correction counts. bad_steps: updates skipped in a row.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    updates: int = 0
     bad_steps: int = 0
 
 

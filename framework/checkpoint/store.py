@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from framework.checkpoint.commit import Found, Progress, commit, mesh_of, valid_checkpoints
+from framework import log
+from framework.checkpoint.commit import MANIFEST, Found, Progress, commit, mesh_of, valid_checkpoints
 from framework.checkpoint.config import CheckpointConfig
 from framework.checkpoint.dcp import load_fragments, save_fragments
 from framework.parallel.collectives import broadcast_object
@@ -44,7 +45,12 @@ class Checkpoints:
             failure = self._on_first(lambda: self._commit(path, progress))
         if failure is not None:
             self._on_first(lambda: shutil.rmtree(path, ignore_errors=True))
-            raise RunFailure(f"the checkpoint {path} couldn't be written: {failure}; earlier checkpoints are untouched")
+            free = shutil.disk_usage(self._run.path).free >> 20
+            raise RunFailure(
+                f"the checkpoint {path} couldn't be written: {failure} ({free} MiB free there); "
+                "earlier checkpoints are untouched"
+            )
+        self._on_first(self._retain)
         return path
 
     def _prepare(self, path: Path) -> None:
@@ -59,9 +65,15 @@ class Checkpoints:
         commit(
             path, progress=progress, mesh=mesh_of(self._mesh.shape), zero_stage=self._stage, attempt=self._run.attempt
         )
+
+    def _retain(self) -> None:
+        """Delete what is no longer kept: the manifest first, so that no half is taken for a checkpoint."""
         for old in valid_checkpoints(self._run.checkpoints)[: -self._config.keep]:
-            (old.path / "manifest.json").unlink()
-            shutil.rmtree(old.path, ignore_errors=True)
+            try:
+                (old.path / MANIFEST).unlink()
+                shutil.rmtree(old.path)
+            except OSError as error:
+                log.error(f"{old.path} should go but can't be deleted: {cause(error)}")
 
     def _on_first(self, action: Callable[[], None]) -> str | None:
         """Run on rank 0; its failure, if any, on every rank."""

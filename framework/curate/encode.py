@@ -17,12 +17,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from framework.data.buckets import misfit
 from framework.data.config import BucketConfig
 from framework.data.decode import decode_clip, frame_stride, num_source_frames
+from framework.data.loader import encode_frames
 from framework.data.shard_writer import ShardWriter
 from framework.data.shards import (
     LATENT_SCHEMA,
@@ -163,8 +163,7 @@ def _encode(
 @torch.inference_mode()
 def _latents(clip: np.ndarray, tokenizer: Encoder, dtype: Literal["float16", "float32"]) -> np.ndarray:
     """`T H W C` uint8 -> `c t h w`."""
-    video = rearrange(torch.from_numpy(clip), "T H W C -> 1 C T H W").to(torch.float32) / 127.5 - 1
-    return tokenizer.encode(video)[0].to("cpu", getattr(torch, dtype)).numpy()
+    return encode_frames(torch.from_numpy(clip), tokenizer).to("cpu", getattr(torch, dtype)).numpy()
 
 
 def _unfit(source: ShardDirectory, buckets: Sequence[BucketConfig]) -> list[Misfit]:

@@ -67,3 +67,6 @@ class DataConfig:
         for name in ("global_batch", "micro_batch", "window", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
+        names = [bucket.name for bucket in self.buckets]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"data.buckets: {', '.join(twice)} stands twice; give one of them the sum of the weights")

@@ -8,14 +8,16 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from framework.batch import Batch, Condition, Sample
 from framework.data.buckets import Stream
 from framework.data.config import BucketConfig
-from framework.data.decode import decode_clip, num_source_frames
+from framework.data.decode import decode_clip, frame_stride, num_source_frames
 from framework.data.schedule import MicroBatch, Schedule, Slot, Work
 from framework.data.shards import Caption, LatentSample
 from framework.keys import key, uniform
@@ -79,7 +81,7 @@ class BatchBuilder:
             needed = num_source_frames(bucket.frames, record.info.fps, bucket.fps)
             room = record.info.frames - needed + 1
             start = int(uniform(key(self._seed, "segment", uid=slot.draw, step=step)) * room)
-            stride = record.info.fps / bucket.fps if bucket.fps else 1.0
+            stride = frame_stride(record.info.fps, bucket.fps)
             frames = decode_clip(record.video, start=start, clip=bucket.clip, stride=stride, name=record.info.uid)
             latents = encode_frames(torch.from_numpy(frames), self._tokenizer)
         caption = choose_caption(record.captions, key(self._seed, "caption", uid=slot.draw, step=step))
@@ -91,10 +93,18 @@ class BatchBuilder:
         return tensor.to(self._device, non_blocking=True)
 
 
-def encode_frames(frames_thwc: Tensor, tokenizer: Tokenizer) -> Tensor:
+class Encoder(Protocol):
+    """The part of a tokenizer that encoding needs."""
+
+    def encode(self, video: Tensor) -> Tensor:
+        """`B C T H W` float32 in [-1, 1] -> `B c t h w`."""
+        ...
+
+
+def encode_frames(frames_thwc: Tensor, tokenizer: Encoder) -> Tensor:
     """`T H W C` uint8 -> normalised latents `c t h w` float32."""
-    video = frames_thwc.permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
-    return tokenizer.encode(video.unsqueeze(0)).squeeze(0)
+    video = rearrange(frames_thwc, "T H W C -> 1 C T H W").to(torch.float32) / 127.5 - 1
+    return tokenizer.encode(video).squeeze(0)
 
 
 def choose_caption(captions: Sequence[Caption], key_: int) -> str:
@@ -108,26 +118,27 @@ def choose_caption(captions: Sequence[Caption], key_: int) -> str:
 
 
 class Loader:
-    """Batches of consecutive steps from `start`, `prefetch` micro-batches ahead."""
+    """Steps and their batches from `start`, prepared `prefetch` micro-batches ahead by one thread."""
 
     def __init__(self, builder: BatchBuilder, schedule: Schedule, *, start: int, stop: int, prefetch: int) -> None:
         self._builder, self._schedule = builder, schedule
-        self._queue: queue.Queue[tuple[int, Batch] | BaseException] = queue.Queue(maxsize=prefetch)
+        self._queue: queue.Queue[Work | Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self.waited = 0.0
         self._thread = threading.Thread(target=self._run, args=(start, stop), name="loader", daemon=True)
         self._thread.start()
 
-    def step(self, work: Work) -> Iterator[Batch]:
-        """The batches of a step, in order; `waited` grows by the seconds that the data weren't there."""
+    def next_work(self) -> Work:
+        """The next step; its batches must be taken before the one after it."""
+        work = self._get()
+        assert isinstance(work, Work), "the last step's batches weren't all taken"
+        return work
+
+    def batches(self, work: Work) -> Iterator[Batch]:
+        """The batches of a step, in order."""
         for _ in range(work.num_micro):
-            begin = time.perf_counter()
-            item = self._queue.get()
-            self.waited += time.perf_counter() - begin
-            if isinstance(item, BaseException):
-                raise item
-            step, batch = item
-            assert step == work.step, f"the loader is at step {step}, not {work.step}"
+            batch = self._get()
+            assert isinstance(batch, Batch)
             yield batch
 
     def close(self) -> None:
@@ -135,15 +146,26 @@ class Loader:
         self._closed.set()
         self._thread.join(timeout=10)
 
+    def _get(self) -> Work | Batch:
+        """The next item; `waited` grows by the seconds that it wasn't there."""
+        begin = time.perf_counter()
+        item = self._queue.get()
+        self.waited += time.perf_counter() - begin
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
     def _run(self, start: int, stop: int) -> None:
         try:
             for step in range(start, stop):
-                for micro in self._schedule[step].micro_batches:
-                    self._put((step, self._builder.build(micro, step=step)))
+                work = self._schedule[step]
+                self._put(work)
+                for micro in work.micro_batches:
+                    self._put(self._builder.build(micro, step=step))
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: tuple[int, Batch] | BaseException) -> None:
+    def _put(self, item: Work | Batch | BaseException) -> None:
         while not self._closed.is_set():
             try:
                 return self._queue.put(item, timeout=0.1)

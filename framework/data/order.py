@@ -10,6 +10,7 @@ inside (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains
 SplitMix64's finaliser (Steele et al., OOPSLA 2014).
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,38 +100,49 @@ class Order:
         return epoch
 
 
+def floor_sum(n: int, m: int, a: int, b: int) -> int:
+    """The sum of floor((a i + b) / m) over i in range(n), in O(log m) steps: Euclid's algorithm on lattice points."""
+    total = 0
+    while n > 0:
+        total += (n - 1) * n // 2 * (a // m) + n * (b // m)
+        a, b = a % m, b % m
+        top = a * n + b
+        if top < m:
+            break
+        n, b, m, a = top // m, top % m, a, m
+    return total
+
+
 class Mixture:
     """Which component every slot of an infinite sequence belongs to, by a low-discrepancy sequence.
 
     Slot n lies at frac(offset + n * golden ratio) in 64-bit integers (Weyl's sequence): any run of n slots holds each
-    component within O(log n) of its share, and n is random access.
+    component within O(log n) of its share. How many of a component lie before a slot has a closed form, so any position
+    is found at once.
     """
 
-    GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-    BLOCK = 1 << 16
+    GOLDEN = 0x9E3779B97F4A7C15
+    CIRCLE = 1 << 64
 
     def __init__(self, weights: list[float], key_: int) -> None:
         shares = np.cumsum(np.asarray(weights, dtype=np.float64) / sum(weights))
-        self._bounds = np.minimum(shares[:-1] * 2.0**64, np.nextafter(2.0**64, 0)).astype(np.uint64)
-        self._offset = np.uint64(key_)
-        self._size = len(weights)
-        self._blocks = [np.zeros(self._size, dtype=np.int64)]
+        bounds = np.minimum(shares[:-1] * 2.0**64, np.nextafter(2.0**64, 0))
+        self._bounds = bounds.astype(np.uint64)
+        self._offset = key_
 
     def components(self, start: int, stop: int) -> np.ndarray:
         """The components of the slots [start, stop)."""
         slots = np.arange(start, stop, dtype=np.uint64)
-        return np.searchsorted(self._bounds, slots * self.GOLDEN + self._offset, side="right")
+        places = slots * np.uint64(self.GOLDEN) + np.uint64(self._offset)
+        return np.searchsorted(self._bounds, places, side="right")
 
-    def before(self, slot: int) -> np.ndarray:
+    def before(self, slot: int) -> list[int]:
         """How many slots of each component lie before `slot`."""
-        block, blocks = slot // self.BLOCK, self._blocks
-        if block >= len(blocks):
-            # Extended in a copy and set whole: the loop and the loader's thread both ask.
-            blocks = list(blocks)
-            for first in range((len(blocks) - 1) * self.BLOCK, block * self.BLOCK, self.BLOCK):
-                blocks.append(blocks[-1] + self._counts(first, first + self.BLOCK))
-            self._blocks = blocks
-        return blocks[block] + self._counts(block * self.BLOCK, slot)
+        below = [self._below(slot, int(bound)) for bound in self._bounds]
+        return [b - a for a, b in itertools.pairwise([0, *below, slot])]
 
-    def _counts(self, start: int, stop: int) -> np.ndarray:
-        return np.bincount(self.components(start, stop), minlength=self._size)
+    def _below(self, slot: int, bound: int) -> int:
+        """How many slots before `slot` lie below the bound: for x = y mod M, [x < B] = floor(y/M) - floor((y-B)/M)."""
+        circle, golden = self.CIRCLE, self.GOLDEN
+        whole = floor_sum(slot, circle, golden, self._offset)
+        return whole - floor_sum(slot, circle, golden, self._offset + circle - bound) + slot

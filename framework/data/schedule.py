@@ -6,12 +6,16 @@ bucket are dealt to the dp ranks in turn and cut into micro-batches, the same nu
 slot left gets an empty one, which weighs nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from framework.data.buckets import Stream, bucket_views
 from framework.data.config import DataConfig
 from framework.data.order import Mixture, Order
 from framework.keys import key
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,14 @@ class Slot:
     sample: int
     uid: str
     draw: str
+
+
+@dataclass(frozen=True)
+class Draw:
+    """position: of a slot among the step's. number: the how-many-th draw of its bucket since the run began."""
+
+    position: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -66,25 +78,28 @@ class Schedule:
             for bucket, used in enumerate(self._used)
         ]
 
-    def slots(self, step: int) -> list[Slot]:
-        """The step's slots over all ranks: the same on every mesh."""
-        first = step * self._config.global_batch
-        draws = self._buckets.before(first)
-        made = []
-        for position, bucket in enumerate(self._buckets.components(first, first + self._config.global_batch)):
-            made.append(self._slot(position, int(bucket), int(draws[bucket])))
-            draws[bucket] += 1
-        return made
-
     def __getitem__(self, step: int) -> Work:
-        slots = self.slots(step)
-        by_bucket = [[slot for slot in slots if slot.bucket == b] for b in range(len(self._config.buckets))]
-        micro = [
-            m
-            for bucket, members in enumerate(by_bucket)
-            for m in deal(bucket, members, dp=self._dp, dp_index=self._dp_index, size=self._config.micro_batch)
-        ]
-        return Work(step, tuple(micro), tuple(len(members) for members in by_bucket))
+        by_bucket = self._draws(step)
+        micro: list[MicroBatch] = []
+        for bucket, draws in enumerate(by_bucket):
+            # Only this rank's draws are looked up: finding a sample costs a permutation each.
+            mine = [None if d is None else self._slot(bucket, d) for d in share(draws, self._dp, self._dp_index)]
+            micro += cut(bucket, mine, self._config.micro_batch)
+        return Work(step, tuple(micro), tuple(len(draws) for draws in by_bucket))
+
+    def slots(self, step: int) -> list[Slot]:
+        """The step's slots over all ranks, in order: the same on every mesh."""
+        made = [self._slot(bucket, draw) for bucket, draws in enumerate(self._draws(step)) for draw in draws]
+        return sorted(made, key=lambda slot: slot.position)
+
+    def _draws(self, step: int) -> list[list[Draw]]:
+        """Each bucket's draws of a step."""
+        first, size = step * self._config.global_batch, self._config.global_batch
+        numbers = self._buckets.before(first)
+        by_bucket: list[list[Draw]] = [[] for _ in numbers]
+        for position, bucket in enumerate(self._buckets.components(first, first + size).tolist()):
+            by_bucket[bucket].append(Draw(position, numbers[bucket] + len(by_bucket[bucket])))
+        return by_bucket
 
     def waste(self, steps: int = 64) -> float:
         """Share of the forward slots that are empty, over the first steps."""
@@ -92,22 +107,23 @@ class Schedule:
         places = sum(len(m.slots) for work in works for m in work.micro_batches) * self._dp
         return 1 - sum(work.num_samples for work in works) / places
 
-    def _slot(self, position: int, bucket: int, draw: int) -> Slot:
+    def _slot(self, bucket: int, draw: Draw) -> Slot:
         source = self._sources[bucket]
-        place = int(source.components(draw, draw + 1)[0])
+        place = int(source.components(draw.number, draw.number + 1)[0])
         stream = self._used[bucket][place]
-        epoch, sample = self._orders[bucket][stream].at(int(source.before(draw)[place]))
+        epoch, sample = self._orders[bucket][stream].at(source.before(draw.number)[place])
         uid = self._streams[stream].shards.infos[sample].uid
-        return Slot(
-            position, bucket, stream, sample, uid, f"{uid}#{self._config.buckets[bucket].name}#{stream}.{epoch}"
-        )
+        name = f"{uid}#{self._config.buckets[bucket].name}#{stream}.{epoch}"
+        return Slot(draw.position, bucket, stream, sample, uid, name)
 
 
-def deal(bucket: int, members: list[Slot], *, dp: int, dp_index: int, size: int) -> list[MicroBatch]:
-    """One dp rank's share of a bucket's slots, in micro-batches of at most `size`: as many, of the same sizes, on
-    every rank.
-    """
+def share(members: Sequence[T], dp: int, dp_index: int) -> list[T | None]:
+    """One dp rank's share of a bucket's members, dealt in turn; None fills up where they run out."""
     rows = -(-len(members) // dp)
     padded = [*members, *[None] * (rows * dp - len(members))]
-    mine = padded[dp_index::dp]
-    return [MicroBatch(bucket, tuple(mine[i : i + size])) for i in range(0, rows, size)]
+    return padded[dp_index::dp]
+
+
+def cut(bucket: int, slots: list[Slot | None], size: int) -> list[MicroBatch]:
+    """Micro-batches of at most `size`: as many, of the same sizes, on every rank."""
+    return [MicroBatch(bucket, tuple(slots[i : i + size])) for i in range(0, len(slots), size)]

@@ -14,7 +14,7 @@ from framework.data.buckets import Stream, bucket_views
 from framework.data.config import BucketConfig
 from framework.data.loader import BatchBuilder
 from framework.data.order import Order
-from framework.data.schedule import MicroBatch, Slot, deal
+from framework.data.schedule import MicroBatch, Slot, cut, share
 from framework.diffusion.flow import Flow, keyed_noise
 from framework.evaluate.config import ValidationConfig
 from framework.keys import key
@@ -55,10 +55,8 @@ class Validation:
         self._config, self._builder, self._flow, self._mesh = config, builder, flow, mesh
         self._buckets, self._seed, self._patch_size = buckets, seed, patch_size
         self._slots = held_out_slots(streams, buckets, config.samples, seed)
-        self._micro = [
-            deal(b, slots, dp=mesh.dp.size, dp_index=mesh.dp.index, size=micro_batch)
-            for b, slots in enumerate(self._slots)
-        ]
+        dp = mesh.dp
+        self._micro = [cut(b, share(slots, dp.size, dp.index), micro_batch) for b, slots in enumerate(self._slots)]
 
     @torch.no_grad()
     def run(self, predict: Predictor) -> ValidationLoss:
@@ -79,7 +77,7 @@ class Validation:
         loss = float((torch.stack([m.mean() for m in means]) * counts).sum() / counts.sum())
         return ValidationLoss(
             loss=loss,
-            buckets=tuple(str(bucket.clip) for bucket in self._buckets),
+            buckets=tuple(bucket.name for bucket in self._buckets),
             sigmas=tuple(tuple(self._sigmas(latent)) for latent in latents),
             by_sigma=tuple(tuple(m.tolist()) for m in means),
         )

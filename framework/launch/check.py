@@ -1,5 +1,7 @@
 """What is refused before any rank starts: the mesh, the checkpoint to resume from, the data. Imports no torch."""
 
+import os
+
 from framework.checkpoint.commit import newest_checkpoint
 from framework.data.buckets import bucket_views, check_held_out, open_streams
 from framework.data.config import StreamConfig
@@ -7,6 +9,9 @@ from framework.parallel.config import MeshShape, resolve_mesh
 from framework.recipe import Recipe
 from framework.run import checkpoints_of
 from framework.tokenizer.config import tokenizer_version
+
+# Without GPUs ranks are for trying things out; beyond this they only starve each other.
+RANKS_A_CORE = 8
 
 
 def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int = 0) -> MeshShape:
@@ -22,3 +27,12 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int = 0) -> 
         if recipe.validation.held_out:
             check_held_out(streams, held_out)
     return shape
+
+
+def check_machine(shape: MeshShape, *, num_gpus: int) -> None:
+    """Raises ValueError when this machine is too small for the ranks of a mesh."""
+    cores = os.cpu_count() or 1
+    if num_gpus and shape.world_size > num_gpus:
+        raise ValueError(f"{shape} needs {shape.world_size} GPUs, this machine shows {num_gpus}: lower mesh.dp")
+    if not num_gpus and shape.world_size > RANKS_A_CORE * cores:
+        raise ValueError(f"{shape} needs {shape.world_size} ranks, too many for {cores} CPU cores: lower mesh.dp")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from framework.environment import rank_variables
+from framework.environment import STOP_SIGNALS, rank_variables
 from framework.log import error
 
 GRACE_SECONDS = 10.0
@@ -68,9 +68,9 @@ def run_local(arguments: list[str], *, world_size: int) -> int:
         def forward(number: int, frame: FrameType | None) -> None:
             received.append(number)
             for process in ranks:
-                process.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+                process.send_signal(number if len(received) == 1 else signal.SIGKILL)
 
-        previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
         try:
             for rank in range(world_size):
                 output = None if rank == 0 else (folder / f"rank-{rank}.log").open("wb")
@@ -105,12 +105,18 @@ def wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
         elif time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    return next((rank for rank, process in enumerate(ranks) if process.returncode), None) if first is None else first
+    # A rank that was killed comes before those that failed because it was gone.
+    killed = [rank for rank, process in enumerate(ranks) if (process.returncode or 0) < 0]
+    failed = [rank for rank, process in enumerate(ranks) if process.returncode]
+    return next(iter([*killed, *([] if first is None else [first]), *failed]), None)
 
 
 def explain(folder: Path, process: subprocess.Popen[bytes], rank: int, received: list[int]) -> int:
     """Print why the rank that failed first did; the exit status. What the others say then is a consequence."""
     status = process.returncode
+    if len(received) > 1:
+        error("stopped at once: nothing since the newest checkpoint is saved; the same command resumes there")
+        return 128 + received[0]
     if status < 0 and not received:
         error(f"error: rank {rank} was killed by {signal.Signals(-status).name}; the same command resumes")
         return 1

@@ -26,7 +26,7 @@ from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import Group, Mesh, build_mesh
 from framework.parallel.zero.engine import Engine
 from framework.recipe import Recipe, flatten
-from framework.run import Run, claim_attempt, store_recipe
+from framework.run import Run, claim_attempt, lock_run, store_recipe
 from framework.text.encoder import TextEncoder, build_text_encoder
 from framework.tokenizer.config import tokenizer_version
 from framework.tokenizer.tokenizer import Tokenizer, build_tokenizer
@@ -38,6 +38,14 @@ class Encoders:
 
     tokenizer: Tokenizer
     text: TextEncoder
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What rank 0 tells the others of the run: the attempt's number, or why there is none."""
+
+    attempt: int = -1
+    refusal: str | None = None
 
 
 def open_mesh(recipe: Recipe, env: Environment) -> Mesh:
@@ -72,11 +80,18 @@ def agree_on_recipe(recipe: Recipe, control: Group) -> None:
 def open_run(recipe: Recipe, overrides: tuple[str, ...], mesh: Mesh) -> Run:
     """Rank 0 claims an attempt and stores the recipe before any weight exists; the others write to logs from now on."""
     path = Path(recipe.run)
-    claimed: int | None = None
+    claim = Claim()
     if mesh.rank == 0:
-        claimed = claim_attempt(path)
-        store_recipe(Run(path, claimed), recipe, overrides)
-    run = Run(path, broadcast_object(claimed, mesh.control))
+        try:
+            lock_run(path)
+            claim = Claim(attempt=claim_attempt(path))
+            store_recipe(Run(path, claim.attempt), recipe, overrides, dp=mesh.shape.dp)
+        except (ValueError, OSError) as error:
+            claim = Claim(refusal=str(error))
+    claim = broadcast_object(claim, mesh.control)
+    if claim.refusal is not None:  # on every rank, so that none waits for the others
+        raise ValueError(claim.refusal)
+    run = Run(path, claim.attempt)
     if mesh.rank != 0:
         log = os.open(run.attempt_path / "logs" / f"rank-{mesh.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, sys.stdout.fileno())

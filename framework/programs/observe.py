@@ -36,7 +36,7 @@ class Observer:
         """Do what is due. A collective over all ranks."""
         if self._validates(step):
             raw = self._validate("raw", step, metrics)
-            with self._ema.in_place_of_weights(self._engine, step=step):
+            with self._ema.in_place_of_weights(self._engine):
                 averaged = self._validate("ema", step, metrics)
             report.say(f"validation after step {step}: loss {raw:.5f}, with EMA weights {averaged:.5f}")
         if self._samples(step):

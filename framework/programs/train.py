@@ -19,7 +19,7 @@ from framework.log import ProgressReport
 from framework.metrics import MetricsWriter, StepRecord
 from framework.models.patchify import patchify
 from framework.optim import learning_rate
-from framework.parallel.collectives import all_reduce_sum, barrier, broadcast_object
+from framework.parallel.collectives import all_reduce_sum, barrier, broadcast_object, gather_objects
 from framework.parallel.mesh import Mesh
 from framework.parallel.zero.engine import Engine, StepStats
 from framework.programs import build
@@ -56,19 +56,20 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     recipe = resolve_auto(invocation.recipe)
     mesh = build.open_mesh(recipe, env)
     build.agree_on_recipe(recipe, mesh.control)
-    newest = newest_checkpoint(checkpoints_of(recipe), mesh.shape, recipe.zero.stage)
+    newest = newest_checkpoint(checkpoints_of(recipe), mesh.shape, recipe.zero.stage) if mesh.rank == 0 else None
     (found,) = broadcast_object([newest], mesh.control)
     run = build.open_run(recipe, invocation.overrides, mesh)
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
-    build.initialise(engine.fragments(), recipe)
-    engine.refresh(step=0)
     ema = Ema(engine.fragments(), recipe.ema)
     checkpoints = Checkpoints(run, recipe.checkpoint, mesh, zero_stage=recipe.zero.stage)
     progress = Progress()
-    if found is not None:
+    if found is None:
+        build.initialise(engine.fragments(), recipe)
+        ema.restart()
+    else:
         progress = checkpoints.load(found, [*engine.fragments(), *ema.fragments()])
-        engine.refresh(step=progress.step)
+    engine.refresh(updates=progress.updates)
     encoders = build.build_encoders(recipe)
     parts = build_parts(recipe, mesh, engine, ema=ema, encoders=encoders, start=progress.step)
     observer = Observer(recipe, mesh, run, flow=parts.flow, engine=engine, ema=ema, encoders=encoders)
@@ -80,7 +81,11 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
         progress, stopped = loop(
             parts, progress, checkpoints, observer=observer, metrics=metrics, report=report, stop=stop
         )
+    except ValueError as error:
+        # The user's mistakes are found before the loop; what is raised inside needs its traceback.
+        raise RuntimeError(f"the run {run.path} failed: {error}") from error
     finally:
+        gc.enable()
         parts.loader.close()
         report.close()
         metrics.close()
@@ -111,8 +116,9 @@ def loop(
         asked = torch.tensor([stop.signal or 0])
         agreement = all_reduce_sum(asked, parts.mesh.control, "stop")
         begin, waited = time.perf_counter(), parts.loader.waited
-        work = parts.schedule[progress.step]
-        loss_sum, stats, uids = optimizer_step(parts, work)
+        work = parts.loader.next_work()
+        assert work.step == progress.step
+        loss_sum, stats, suspects = optimizer_step(parts, work)
         progress = advance(progress, work, parts.num_tokens, stats)
         reduction = all_reduce_sum(loss_sum, parts.mesh.zero, "loss")
         if pending is not None:
@@ -130,40 +136,53 @@ def loop(
             data_wait=parts.loader.waited - waited,
             skipped=stats.skipped,
             traffic=traffic(parts.mesh),
-            uids=uids,
+            uids=suspects,
         )
-        if progress.bad_steps >= recipe.train.max_bad_steps:
-            raise RunFailure(f"up to step {progress.step}, {progress.bad_steps} updates in a row had no finite norm")
         agreement.wait()
         stopped = (stop.signal or signal.SIGTERM) if int(asked) and progress.step < last else None
         saves = progress.step % recipe.checkpoint.every == 0 or progress.step == last or stopped is not None
-        if saves or observer.is_due(progress.step):
+        fails = progress.bad_steps >= recipe.train.max_bad_steps
+        if saves or fails or observer.is_due(progress.step):
             publish(metrics, report, pending)
             pending = None
+        if fails:
+            raise RunFailure(f"up to step {progress.step}, {progress.bad_steps} updates in a row had no finite norm")
         observer.observe(progress.step, metrics, report)
         if saves:
             checkpoints.save([*parts.engine.fragments(), *parts.ema.fragments()], progress)
         if progress.step % recipe.train.collect_garbage_every == 0:
             gc.collect()
-    gc.enable()
     return progress, stopped
 
 
 def optimizer_step(parts: Parts, work: Work) -> tuple[Tensor, StepStats, tuple[str, ...]]:
-    """One step over its micro-batches: this rank's loss sum, the statistics, this rank's uids."""
+    """One step over its micro-batches: this rank's loss sum, the statistics, and of a skipped update the samples that
+    may have caused it.
+    """
     loss_sum = torch.zeros((), dtype=torch.float32, device=build.this_device())
-    uids: list[str] = []
-    for index, batch in enumerate(parts.loader.step(work)):
+    losses: list[tuple[Tensor, tuple[str, ...]]] = []
+    for index, batch in enumerate(parts.loader.batches(work)):
         noised = parts.flow.noise(batch, step=work.step)
         tokens = patchify(noised, parts.recipe.model.patch_size)
         loss = parts.flow.loss_sum(parts.engine(tokens, batch.condition), tokens)
         parts.engine.backward(loss, global_count=parts.global_count(work), last=index + 1 == work.num_micro)
+        losses.append((loss.detach(), batch.uids))
         loss_sum += loss.detach()
-        uids += [uid for uid in batch.uids if uid]
     stats = parts.engine.step(lr=learning_rate(parts.recipe.optimizer, step=work.step))
-    if not stats.skipped:
-        parts.ema.update(step=work.step)
-    return loss_sum, stats, tuple(uids)
+    if stats.skipped:
+        return loss_sum, stats, suspects_of(losses, parts.mesh)
+    parts.ema.update(step=work.step)
+    return loss_sum, stats, ()
+
+
+def suspects_of(losses: list[tuple[Tensor, tuple[str, ...]]], mesh: Mesh) -> tuple[str, ...]:
+    """The samples of all ranks whose loss isn't finite; every sample of the step where all losses are. A collective:
+    the gradient's norm is global, so all ranks skip together.
+    """
+    here = [(bool(torch.isfinite(loss)), [uid for uid in uids if uid]) for loss, uids in losses]
+    everywhere = [item for rank in gather_objects(here, mesh.control) for item in rank]
+    bad = [uid for finite, uids in everywhere if not finite for uid in uids]
+    return tuple(sorted(bad or [uid for _, uids in everywhere for uid in uids]))
 
 
 def build_parts(recipe: Recipe, mesh: Mesh, engine: Engine, *, ema: Ema, encoders: build.Encoders, start: int) -> Parts:
@@ -189,6 +208,7 @@ def advance(progress: Progress, work: Work, num_tokens: list[int], stats: StepSt
     return replace(
         progress,
         step=progress.step + 1,
+        updates=progress.updates + (not stats.skipped),
         samples=progress.samples + work.num_samples,
         tokens=progress.tokens + step_tokens(work, num_tokens),
         bad_steps=progress.bad_steps + 1 if stats.skipped else 0,
@@ -222,7 +242,7 @@ def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
     """What a start prints."""
     recipe, shape = parts.recipe, parts.mesh.shape
     buckets = ", ".join(
-        f"{bucket.clip} = {tokens} tokens" for bucket, tokens in zip(recipe.data.buckets, parts.num_tokens, strict=True)
+        f"{bucket.name} = {tokens} tokens" for bucket, tokens in zip(recipe.data.buckets, parts.num_tokens, strict=True)
     )
     where = f"resumes after step {progress.step}" if progress.step else "starts"
     return [

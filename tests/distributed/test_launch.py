@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,8 +81,20 @@ def test_a_killed_rank_ends_the_others(tiny_shards: Path, tmp_path: Path) -> Non
     begin = time.monotonic()
     _, err = process.communicate(timeout=90)
     assert process.returncode == 1
-    assert "killed by SIGKILL" in err or "Connection closed by peer" in err
+    assert re.fullmatch(r"error: rank [01] was killed by SIGKILL; the same command resumes\n", err)
     assert time.monotonic() - begin < 45, "the others end within 15 s"
+
+
+def test_a_run_in_use_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_shards, ["train.steps=20000", "checkpoint.every=10000"])
+    first = start(recipe)
+    wait_for_step(tmp_path / "run", 2, first)
+    _, err = start(recipe).communicate(timeout=90)
+    assert re.search(r"the run .* is in use by process \d+ on ", err) and len(err.splitlines()) == 1
+    assert not (tmp_path / "run/attempts/0001").exists()
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGINT and "saved; the same command resumes" in out
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tiny_shards: Path, tmp_path: Path) -> None:

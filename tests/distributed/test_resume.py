@@ -9,8 +9,8 @@ import pytest
 import ranks
 import torch
 import torch.distributed.checkpoint as dcp
-from pool import run_ranks, run_until_killed
-from tiny import write_recipe
+from pool import RanksFailed, run_ranks, run_until_killed
+from tiny import write_latents, write_recipe
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from framework.checkpoint.commit import valid_checkpoints
@@ -83,3 +83,39 @@ def test_a_kill_during_a_save(tmp_path: Path, tiny_shards: Path, place: str, dyi
     assert state_digests(tmp_path / "broken" / final) == state_digests(tmp_path / "whole" / final)
     kept = valid_checkpoints(tmp_path / "broken/checkpoints")
     assert [found.manifest.progress.step for found in kept] == [4, 6, 8], "the newest three"
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bfloat16"), (2, "float32"), (3, "float32")])
+def test_skipped_updates_resume_and_are_told(tmp_path: Path, stage: int, precision: str) -> None:
+    """One clip isn't made of numbers, so every second step is skipped: Adam counts the others only, on every start."""
+    shards = write_latents(tmp_path / "poisoned", poisoned=5)
+    held_out = write_latents(tmp_path / "held", prefix="held")
+    words = ["mesh.dp=2", "train.steps=8", "checkpoint.every=3", "data.global_batch=4"]
+    words += [f"zero.stage={stage}", f"precision.parameters={precision}"]
+    whole = write_recipe(tmp_path, shards, [*words, f"run={tmp_path / 'whole'}"], name="whole.yaml")
+    observed = ["validation.every=2", f"validation.shards=[{held_out}]"]
+    broken = write_recipe(tmp_path, shards, [*words, *observed, f"run={tmp_path / 'broken'}"], name="broken.yaml")
+    run_ranks(ranks.train, 2, whole, [])
+    assert run_until_killed(ranks.train, 2, broken, [], ranks.Death(5)) == [-signal.SIGKILL] * 2
+    run_ranks(ranks.train, 2, broken, [])
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line for line in lines if line.get("skipped")]
+    assert len(lines) == 8 and len(skipped) == 4
+    assert all(line["uids"] == ["clip5@0"] for line in skipped), "the culprit alone, whichever rank had it"
+    good = [line["step"] for line in lines if not line.get("skipped")]
+    resumed = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    by_step = {line["step"]: (line["loss"], line["grad_norm"]) for line in resumed}
+    assert all(by_step[line["step"]] == (line["loss"], line["grad_norm"]) for line in lines if line["step"] in good)
+    final = "checkpoints/step-00000008"
+    assert state_digests(tmp_path / "broken" / final) == state_digests(tmp_path / "whole" / final)
+
+
+def test_too_many_skipped_updates_end_the_run(tmp_path: Path) -> None:
+    shards = write_latents(tmp_path / "poisoned", poisoned=0, num_samples=1)
+    recipe = write_recipe(tmp_path, shards, ["mesh.dp=2", "train.max_bad_steps=2", "data.global_batch=2"])
+    with pytest.raises(RanksFailed, match="up to step 2, 2 updates in a row had no finite norm"):
+        run_ranks(ranks.train, 2, recipe, [])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["skipped"], line["uids"]) for line in lines] == [
+        (step, True, ["clip0@0"] * 2) for step in (1, 2)
+    ]

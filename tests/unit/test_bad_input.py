@@ -134,7 +134,7 @@ def store_run(recipe_path: Path) -> Path:
     """A run as it lies there after the start of its first attempt."""
     recipe = resolve_auto(load_recipe(recipe_path, []))
     path = Path(recipe.run)
-    store_recipe(Run(path, claim_attempt(path)), recipe, ())
+    store_recipe(Run(path, claim_attempt(path)), recipe, (), dp=1)
     return path
 
 

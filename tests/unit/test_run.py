@@ -38,7 +38,7 @@ def start(recipe_path: Path, overrides: list[str]) -> Resolved:
     invocation = resolve_invocation(recipe_path, overrides)
     recipe = resolve_auto(invocation.recipe)
     path = Path(recipe.run)
-    store_recipe(Run(path, claim_attempt(path)), recipe, invocation.overrides)
+    store_recipe(Run(path, claim_attempt(path)), recipe, invocation.overrides, dp=1)
     return invocation
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from framework.batch import Batch, Condition
 from framework.data.loader import Loader
-from framework.data.schedule import MicroBatch, Schedule, Slot, Work, deal
+from framework.data.schedule import MicroBatch, Schedule, Slot, Work, cut, share
 from framework.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from framework.diffusion.timesteps import num_tokens, shift_value
 from framework.ema import Ema
@@ -76,9 +76,7 @@ class HeldBatches:
         slots = [Slot(i, i % len(buckets), 0, i, f"clip{i}", f"clip{i}#0.0") for i in range(recipe.data.global_batch)]
         groups = [[slot for slot in slots if slot.bucket == b] for b in range(len(buckets))]
         micros = [
-            micro
-            for b, members in enumerate(groups)
-            for micro in deal(b, members, dp=1, dp_index=0, size=recipe.data.micro_batch)
+            micro for b, members in enumerate(groups) for micro in cut(b, share(members, 1, 0), recipe.data.micro_batch)
         ]
         self.work = Work(0, tuple(micros), tuple(len(members) for members in groups))
         self.latents = [latent_shape(bucket.clip, strides) for bucket in buckets]
@@ -99,10 +97,10 @@ class HeldBatches:
                 latent=latent,
             )
 
-        self.batches = [[batch(micro) for micro in micros] for _ in range(DISTINCT)]
+        self._held = [[batch(micro) for micro in micros] for _ in range(DISTINCT)]
 
-    def step(self, work: Work) -> Iterator[Batch]:
-        return iter(self.batches[work.step % DISTINCT])
+    def batches(self, work: Work) -> Iterator[Batch]:
+        return iter(self._held[work.step % DISTINCT])
 
 
 class NoEma:
@@ -117,7 +115,7 @@ def build_ours(recipe: Recipe, mesh: Mesh, held: HeldBatches, *, with_ema: bool)
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
     build.initialise(engine.fragments(), recipe)
-    engine.refresh(step=0)
+    engine.refresh(updates=0)
     parts = Parts(
         recipe=recipe,
         mesh=mesh,
@@ -161,11 +159,11 @@ class ByHand:
         """Each micro-batch's part of the step's mean loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.optimizer, step=step)
-        for batch, positions, frames, share in self.examples[step % DISTINCT]:
+        for batch, positions, frames, part in self.examples[step % DISTINCT]:
             latents, target, timesteps = self.draw(batch, step)
             patches, text = patchify_input(latents, self.patch_size), batch.condition
             prediction = model(patches, positions, frames, timesteps, text.text, text_mask_bl=text.text_mask)
-            yield F.mse_loss(prediction, patchify_output(target, self.patch_size)) * share
+            yield F.mse_loss(prediction, patchify_output(target, self.patch_size)) * part
 
 
 def build_model(recipe: Recipe) -> nn.Module:

@@ -12,8 +12,10 @@ that a round trip through `fragments` is exact. What DeepSpeed is told, and why:
 * `use_multi_rank_bucket_allreduce: false`: by default stages 1 and 2 all-reduce every bucket, twice the bytes needed.
 """
 
+import io
 import logging
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 import deepspeed
@@ -127,9 +129,10 @@ class DeepSpeedEngine:
                 made.append(Fragment(state, piece.shard, piece.start, view))
         return made
 
-    def refresh(self, *, step: int) -> None:
-        for group in range(len(self._flat_masters())):
-            self._moments(group)["step"].fill_(float(step))
+    def refresh(self, *, updates: int | None = None) -> None:
+        if updates is not None:
+            for group in range(len(self._flat_masters())):
+                self._moments(group)["step"].fill_(float(updates))
         optimizer = self._engine.optimizer
         if self._engine.zero_optimization_stage() < 3:
             optimizer.update_lp_params()
@@ -221,7 +224,8 @@ def build_deepspeed(
                 mpu=groups,
             )
     torch_optimizer = adamw(list(model.named_parameters()), optimizer)
-    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=torch_optimizer, config=config, mpu=groups)
+    with redirect_stdout(io.StringIO()):  # its BF16_Optimizer prints reports of memory, whatever the level of its log
+        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=torch_optimizer, config=config, mpu=groups)
     built = DeepSpeedEngine(engine, torch_optimizer, mesh.zero)
     built.locate(shards)
     return built

@@ -43,9 +43,10 @@ class Engine(Protocol):
         """Live views of the fp32 master weights and the two moments, as far as this rank holds them."""
         ...
 
-    def refresh(self, *, step: int) -> None:
-        """After the master weights were written from outside: recompute what is cast or gathered from them, set the
-        step of the bias correction.
+    def refresh(self, *, updates: int | None = None) -> None:
+        """After the master weights were written from outside: recompute what is cast or gathered from them.
+
+        updates: what Adam's bias correction has counted, after a load; None leaves the count alone.
         """
         ...
 

@@ -7,7 +7,7 @@ import pytest
 
 from framework.data.buckets import Stream
 from framework.data.config import BucketConfig, DataConfig, StreamConfig
-from framework.data.schedule import MicroBatch, Schedule, Slot, deal
+from framework.data.schedule import MicroBatch, Schedule, Slot, cut, share
 from framework.data.shards import LATENT_SCHEMA, SampleInfo, Schema
 
 DEGREES = [1, 2, 3, 4, 5, 8]
@@ -68,11 +68,10 @@ def test_every_mesh_deals_the_same_slots_evenly(dp: int, micro_batch: int) -> No
 
 def test_deal_by_hand() -> None:
     slots = [Slot(i, 0, 0, i, str(i), str(i)) for i in range(7)]
-    first = deal(0, slots, dp=2, dp_index=0, size=3)
-    second = deal(0, slots, dp=2, dp_index=1, size=3)
+    first, second = (cut(0, share(slots, 2, index), 3) for index in (0, 1))
     assert [[slot and slot.position for slot in m.slots] for m in first] == [[0, 2, 4], [6]]
     assert [[slot and slot.position for slot in m.slots] for m in second] == [[1, 3, 5], [None]]
-    assert deal(0, [], dp=2, dp_index=0, size=3) == []
+    assert cut(0, share([], 2, 0), 3) == []
 
 
 @pytest.mark.parametrize(
