@@ -105,20 +105,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny_shards: Path, tmp_path: Pat
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        recipe = write_recipe(tmp_path, tiny_shards, ["mesh.dp=2", "train.steps=400", "checkpoint.every=200"])
+        recipe = write_recipe(tmp_path, tiny_shards, ["mesh.dp=2", "train.steps=120", "checkpoint.every=60"])
         process = start(recipe, f"run={disk / 'run'}")
-        wait_for_step(disk / "run", 202, process)
+        wait_for_step(disk / "run", 62, process)
         (disk / "ballast").write_bytes(b"x" * free_bytes(disk))
         out, err = process.communicate(timeout=60)
         assert process.returncode == 1, (out, err)
         assert len(err.strip().splitlines()) == 1
         assert "No space left on device" in err
-        assert [p.name for p in (disk / "run/checkpoints").iterdir()] == ["step-00000200"]
+        assert [p.name for p in (disk / "run/checkpoints").iterdir()] == ["step-00000060"]
         (disk / "ballast").unlink()
         process = start(recipe, f"run={disk / 'run'}")
         out, err = process.communicate(timeout=120)
         assert (process.returncode, err) == (0, "")
-        assert "resumes after step 200" in out
+        assert "resumes after step 60" in out
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -97,10 +97,10 @@ class HeldBatches:
                 latent=latent,
             )
 
-        self._held = [[batch(micro) for micro in micros] for _ in range(DISTINCT)]
+        self.by_step = [[batch(micro) for micro in micros] for _ in range(DISTINCT)]
 
     def batches(self, work: Work) -> Iterator[Batch]:
-        return iter(self._held[work.step % DISTINCT])
+        return iter(self.by_step[work.step % DISTINCT])
 
 
 class NoEma:
@@ -145,10 +145,10 @@ class ByHand:
         self.model = build_model(recipe)
         self.optimizer = adamw(list(self.model.named_parameters()), recipe.optimizer)
         by_token = recipe.loss.weight == "per_token"
-        sizes = [[b.latents.numel() if by_token else len(b.uids) for b in batches] for batches in held.batches]
+        sizes = [[b.latents.numel() if by_token else len(b.uids) for b in batches] for batches in held.by_step]
         self.examples = [
             [(batch, *self.places(batch), size / sum(row)) for batch, size in zip(batches, row, strict=True)]
-            for batches, row in zip(held.batches, sizes, strict=True)
+            for batches, row in zip(held.by_step, sizes, strict=True)
         ]
 
     def places(self, batch: Batch) -> tuple[Tensor, Tensor]:

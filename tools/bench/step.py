@@ -65,11 +65,11 @@ def time_noise(held: HeldBatches, flow: Flow, noise: Noise) -> dict[str, Timing]
     """What a step's noise costs: keyed (ours) and from one generator (by hand)."""
 
     def keyed() -> None:
-        for batch in held.batches[0]:
+        for batch in held.by_step[0]:
             flow.noise(batch, step=0)
 
     def generator() -> None:
-        for batch in held.batches[0]:
+        for batch in held.by_step[0]:
             noise(batch, 0)
 
     return interleave({"keyed": keyed, "generator": generator}, num_repeats=16, num_steps=10, warmup=3)
