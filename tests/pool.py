@@ -27,7 +27,7 @@ class RanksFailed(AssertionError):
 def context() -> Any:
     """The fork server's context; the server starts with the first rank and lives as long as the test session."""
     ctx = multiprocessing.get_context("forkserver")
-    # The server doesn't inherit sys.path (CPython issue 117378), only the environment.
+    # CPython 3.11's server doesn't inherit sys.path, only the environment.
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
     os.environ["OMP_NUM_THREADS"] = "1"

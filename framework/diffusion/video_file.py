@@ -33,11 +33,6 @@ def to_uint8(video_bcthw: Tensor) -> Tensor:
     return rearrange(((wide + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), "b c t h w -> b t h w c")
 
 
-def from_uint8(video_bthwc: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`b t h w c` uint8 to pixels `b c t h w` in [-1, 1]."""
-    return rearrange(video_bthwc.to(dtype) / 127.5 - 1, "b t h w c -> b c t h w")
-
-
 def write_mp4(path: Path | str, frames_thwc: Frames, fps: float) -> None:
     """One clip as H.264, yuv420p, constant rate factor 16 (visually lossless); it appears complete or not at all.
 
