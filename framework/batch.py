@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from framework.parallel.mesh import Mesh
 from framework.shapes import ClipShape, LatentShape
 
 
@@ -43,7 +44,7 @@ class Batch:
     """One micro-batch of one rank.
 
     latents: `B c t h w` float32. weights: `B`, 0 for empty slots. draws and uids: B strings. positions: each sample's
-    place among the step's samples over all ranks, -1 for empty slots.
+    place among the step's samples over all ranks, -1 for empty slots. bucket: its place in the recipe.
     """
 
     latents: Tensor
@@ -52,6 +53,7 @@ class Batch:
     uids: tuple[str, ...]
     draws: tuple[str, ...]
     positions: tuple[int, ...]
+    bucket: int
     clip: ClipShape
     latent: LatentShape
 
@@ -70,14 +72,25 @@ class Noised:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How the token axis lies on the ranks: the number of real tokens of every rank of cp (padding excluded)."""
+    """How the token axis lies on the ranks of a replica, which hold equal contiguous parts in rank order.
+
+    valid: the number of real tokens of every rank, the rest of its part is padding. index: this rank's place. mesh:
+    whose replica, ring, ulysses and tp these are.
+    """
 
     valid: tuple[int, ...]
     index: int
+    mesh: Mesh
 
     @property
     def num_valid(self) -> int:
         return self.valid[self.index]
+
+    @property
+    def ring_valid(self) -> tuple[int, ...]:
+        """Real tokens of every rank of the ring, after tp and Ulysses have gathered theirs."""
+        size = len(self.valid) // self.mesh.ring.size
+        return tuple(sum(self.valid[i : i + size]) for i in range(0, len(self.valid), size))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from framework.diffusion.config import FlowConfig, LossConfig, SamplerConfig, Sa
 from framework.evaluate.config import ValidationConfig
 from framework.kernels.config import AttentionConfig, resolve_attention
 from framework.layers import Tree, apply_overrides, read_layers
-from framework.models.config import ModelConfig
+from framework.models.config import ExecutionConfig, ModelConfig
 from framework.parallel.config import MeshConfig
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig
 from framework.shapes import TokenShape, latent_shape, token_shape
@@ -119,6 +119,7 @@ class Recipe:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text: TextConfig = field(default_factory=TextConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -212,10 +213,6 @@ def section_type(item: dataclasses.Field[Any]) -> type:
 
 def check_recipe(recipe: Recipe) -> None:
     """Everything that can be seen from the recipe alone, across its sections. Raises ValueError."""
-    for name in ("ring", "ulysses", "tp"):
-        degree = getattr(recipe.mesh, name)
-        if degree != 1:
-            raise ValueError(f"mesh.{name}={degree}: not yet; this release is data parallel only, set mesh.{name}=1")
     for name, values in (("streams", recipe.data.streams), ("buckets", recipe.data.buckets)):
         if not values:
             raise ValueError(f"data.{name} is empty: name at least one of them")
@@ -232,8 +229,36 @@ def check_recipe(recipe: Recipe) -> None:
             f"the text encoder {recipe.text.name!r} is {width} wide, the model's text_dim {model.text_dim}: "
             f"set model.text_dim={width}"
         )
-    for index in range(len(recipe.data.buckets)):
-        bucket_tokens(recipe, index)
+    check_degrees(recipe)
+
+
+def check_degrees(recipe: Recipe) -> None:
+    """Whether heads and tokens can be split as the mesh and the buckets say. Raises ValueError."""
+    heads, tp = recipe.model.num_attention_heads, recipe.mesh.tp
+    if heads % tp:
+        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(f"mesh.tp={tp} must divide the model's {heads} heads, a head isn't split: use one of {fits}")
+    for index, bucket in enumerate(recipe.data.buckets):
+        tokens = bucket_tokens(recipe, index).num_tokens
+        ring, ulysses = bucket_degrees(recipe, index)
+        where = f"data.buckets[{index}] ({bucket.name})"
+        if ulysses > heads // tp:
+            raise ValueError(
+                f"{where}: ulysses={ulysses} needs a head for each of its ranks, but heads / tp = {heads} / {tp} = "
+                f"{heads // tp}: lower ulysses to at most {heads // tp} and raise ring instead"
+            )
+        if ring > tokens:
+            raise ValueError(
+                f"{where}: ring={ring} is longer than the {tokens} tokens of a clip: set its ring to at most {tokens}"
+            )
+
+
+def bucket_degrees(recipe: Recipe, index: int) -> tuple[int, int]:
+    """(ring, ulysses) of a bucket: its own, or the mesh's."""
+    bucket, mesh = recipe.data.buckets[index], recipe.mesh
+    if bucket.ring is None and bucket.ulysses is None:
+        return mesh.ring, mesh.ulysses
+    return bucket.ring or 1, bucket.ulysses or 1
 
 
 def bucket_tokens(recipe: Recipe, index: int) -> TokenShape:

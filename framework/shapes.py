@@ -100,3 +100,13 @@ def token_shape(latent: LatentShape, patch_size: tuple[int, int, int]) -> TokenS
                 f"latent {name} {size} isn't a multiple of the model's patch size {patch} (patch_size {patch_size})"
             )
     return TokenShape(*(size // patch for size, patch in zip(sizes, patch_size, strict=True)))
+
+
+def even_parts(total: int, parts: int) -> list[int]:
+    """`total` things dealt to `parts` places: sizes that differ by at most one, the larger ones first.
+
+    >>> even_parts(7, 3)
+    [3, 2, 2]
+    """
+    size, rest = divmod(total, parts)
+    return [size + (index < rest) for index in range(parts)]

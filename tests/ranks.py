@@ -21,9 +21,9 @@ from torch import Tensor
 import framework.parallel.zero.deepspeed  # noqa: F401
 from framework.checkpoint import store
 from framework.data.loader import Loader
-from framework.data.schedule import Schedule
 from framework.environment import Environment
 from framework.models.patchify import patchify
+from framework.parallel.context_parallel.tokens import split_tokens
 from framework.programs import build
 from framework.programs import train as program
 from framework.recipe import Recipe, load_recipe, resolve_auto
@@ -96,7 +96,8 @@ def first_step(env: Environment, recipe_path: Path, overrides: list[str], step: 
             fragment.copy_from(projection(fragment.shard.global_shape))
     engine.refresh(updates=0)
     streams = build.open_data(recipe, recipe.data.streams)
-    schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=mesh.dp.size, dp_index=mesh.dp.index)
+    meshes = build.bucket_meshes(recipe, mesh)
+    schedule = build.build_schedule(recipe, streams, meshes)
     builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=recipe.text.dropout)
     flow = build.build_flow(recipe)
     loader = Loader(builder, schedule, start=step, stop=step + 1, prefetch=1)
@@ -108,7 +109,7 @@ def first_step(env: Environment, recipe_path: Path, overrides: list[str], step: 
         for i, draw in enumerate(batch.draws):
             if draw:
                 samples[draw] = digest(batch.latents[i], noised.latents[i], noised.target[i], noised.timesteps[i])
-        tokens = patchify(noised, recipe.model.patch_size)
+        tokens = split_tokens(patchify(noised, recipe.model.patch_size), meshes[batch.bucket])
         loss = flow.loss_sum(engine(tokens, batch.condition), tokens)
         engine.backward(loss, global_count=count, last=index + 1 == work.num_micro)
         loss_sum += float(loss.detach())
@@ -193,7 +194,8 @@ def bad_step(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple
     build.initialise(engine.fragments(), recipe)
     engine.refresh(updates=0)
     streams = build.open_data(recipe, recipe.data.streams)
-    schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=mesh.dp.size, dp_index=mesh.dp.index)
+    meshes = build.bucket_meshes(recipe, mesh)
+    schedule = build.build_schedule(recipe, streams, meshes)
     builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0)
     flow = build.build_flow(recipe)
 
@@ -201,7 +203,8 @@ def bad_step(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple
         work = schedule[0]
         for index, micro in enumerate(work.micro_batches):
             batch = builder.build(micro, step=0)
-            tokens = patchify(flow.noise(batch, step=0), recipe.model.patch_size)
+            noised = flow.noise(batch, step=0)
+            tokens = split_tokens(patchify(noised, recipe.model.patch_size), meshes[batch.bucket])
             loss = flow.loss_sum(engine(tokens, batch.condition), tokens) * factor
             engine.backward(loss, global_count=4.0, last=index + 1 == work.num_micro)
         skipped = engine.step(lr=1e-2).skipped

@@ -23,7 +23,8 @@ class StreamConfig:
 class BucketConfig:
     """A shape that samples are brought to: frames, height and width in pixels. weight: its share of the samples.
 
-    fps: frames a second after resampling in time; None keeps the native rate.
+    fps: frames a second after resampling in time; None keeps the native rate. ring, ulysses: the bucket's own degrees
+    of context parallelism, within the same dp x cp ranks; None for both takes the mesh's, for one of them 1.
     """
 
     frames: int
@@ -31,12 +32,18 @@ class BucketConfig:
     width: int
     weight: float = 1.0
     fps: float | None = None
+    ring: int | None = None
+    ulysses: int | None = None
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
             raise ValueError(
                 f"data.buckets: weight {self.weight} of {self.clip} must be above 0; leave the bucket out instead"
             )
+        for name in ("ring", "ulysses"):
+            degree = getattr(self, name)
+            if degree is not None and degree < 1:
+                raise ValueError(f"data.buckets: {name}={degree} of {self.clip} must be at least 1")
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"data.buckets: fps {self.fps} of {self.clip} must be above 0")
 

@@ -2,8 +2,8 @@
 
 A step has `global_batch` slots. A low-discrepancy sequence gives each slot its bucket, another each draw of a bucket
 its stream, and the order gives each draw of a stream's view its sample. Only then the mesh comes in: the slots of a
-bucket are dealt to the dp ranks in turn and cut into micro-batches, the same number on every rank. A rank without a
-slot left gets an empty one, which weighs nothing.
+bucket are dealt to its replicas in turn (a bucket with its own degrees has more or fewer of them than dp) and cut into
+micro-batches, the same number on every rank. A rank without a slot left gets an empty one, which weighs nothing.
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,14 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A rank's place among the replicas of a bucket: number `index` of `size`."""
+
+    index: int
+    size: int
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """One forward of one rank: slots of one bucket, None where it is empty."""
 
@@ -64,11 +72,10 @@ class Work:
 
 
 class Schedule:
-    """schedule[step] -> Work of the dp rank `dp_index` of `dp`."""
+    """schedule[step] -> Work of the rank at `places`, one for each bucket."""
 
-    def __init__(self, config: DataConfig, streams: list[Stream], *, seed: int, dp: int, dp_index: int) -> None:
-        self._config, self._streams = config, streams
-        self._dp, self._dp_index = dp, dp_index
+    def __init__(self, config: DataConfig, streams: list[Stream], *, seed: int, places: Sequence[Place]) -> None:
+        self._config, self._streams, self._places = config, streams, places
         views = bucket_views(streams, config.buckets)
         self._used = [[i for i, view in enumerate(row) if view.num_samples] for row in views]
         self._orders = [[Order(view, seed, config.window) for view in row] for row in views]
@@ -83,7 +90,7 @@ class Schedule:
         micro: list[MicroBatch] = []
         for bucket, draws in enumerate(by_bucket):
             # Only this rank's draws are looked up: finding a sample costs a permutation each.
-            mine = [None if d is None else self._slot(bucket, d) for d in share(draws, self._dp, self._dp_index)]
+            mine = [None if d is None else self._slot(bucket, d) for d in share(draws, self._places[bucket])]
             micro += cut(bucket, mine, self._config.micro_batch)
         return Work(step, tuple(micro), tuple(len(draws) for draws in by_bucket))
 
@@ -104,7 +111,7 @@ class Schedule:
     def waste(self, steps: int = 64) -> float:
         """Share of the forward slots that are empty, over the first steps."""
         works = [self[step] for step in range(steps)]
-        places = sum(len(m.slots) for work in works for m in work.micro_batches) * self._dp
+        places = sum(len(m.slots) * self._places[m.bucket].size for work in works for m in work.micro_batches)
         return 1 - sum(work.num_samples for work in works) / places
 
     def _slot(self, bucket: int, draw: Draw) -> Slot:
@@ -117,11 +124,11 @@ class Schedule:
         return Slot(draw.position, bucket, stream, sample, uid, name)
 
 
-def share(members: Sequence[T], dp: int, dp_index: int) -> list[T | None]:
-    """One dp rank's share of a bucket's members, dealt in turn; None fills up where they run out."""
-    rows = -(-len(members) // dp)
-    padded = [*members, *[None] * (rows * dp - len(members))]
-    return padded[dp_index::dp]
+def share(members: Sequence[T], place: Place) -> list[T | None]:
+    """One replica's share of a bucket's members, dealt in turn; None fills up where they run out."""
+    rows = -(-len(members) // place.size)
+    padded = [*members, *[None] * (rows * place.size - len(members))]
+    return padded[place.index :: place.size]
 
 
 def cut(bucket: int, slots: list[Slot | None], size: int) -> list[MicroBatch]:

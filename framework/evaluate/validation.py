@@ -14,12 +14,13 @@ from framework.data.buckets import Stream, bucket_views
 from framework.data.config import BucketConfig
 from framework.data.loader import BatchBuilder
 from framework.data.order import Order
-from framework.data.schedule import MicroBatch, Slot, cut, share
+from framework.data.schedule import MicroBatch, Place, Slot, cut, share
 from framework.diffusion.flow import Flow, keyed_noise
 from framework.evaluate.config import ValidationConfig
 from framework.keys import key
 from framework.models.patchify import patchify
 from framework.parallel.collectives import all_reduce_sum
+from framework.parallel.context_parallel.tokens import split_tokens
 from framework.parallel.mesh import Mesh
 from framework.shapes import LatentShape
 
@@ -37,7 +38,7 @@ class ValidationLoss:
 
 
 class Validation:
-    """The held-out clips of a recipe, dealt to the dp ranks."""
+    """The held-out clips of a recipe, dealt to the replicas. meshes: of each bucket."""
 
     def __init__(
         self,
@@ -47,28 +48,27 @@ class Validation:
         *,
         builder: BatchBuilder,
         flow: Flow,
-        mesh: Mesh,
+        meshes: list[Mesh],
         micro_batch: int,
         seed: int,
         patch_size: tuple[int, int, int],
     ) -> None:
-        self._config, self._builder, self._flow, self._mesh = config, builder, flow, mesh
+        self._config, self._builder, self._flow, self._meshes = config, builder, flow, meshes
         self._buckets, self._seed, self._patch_size = buckets, seed, patch_size
         self._slots = held_out_slots(streams, buckets, config.samples, seed)
-        dp = mesh.dp
-        self._micro = [cut(b, share(slots, dp.size, dp.index), micro_batch) for b, slots in enumerate(self._slots)]
+        places = [Place(mesh.dp.index, mesh.dp.size) for mesh in meshes]
+        self._micro = [cut(b, share(slots, places[b]), micro_batch) for b, slots in enumerate(self._slots)]
 
     @torch.no_grad()
     def run(self, predict: Predictor) -> ValidationLoss:
-        """Measure the loss of the weights that `predict` holds. A collective over dp."""
+        """Measure the loss of the weights that `predict` holds. A collective over the world."""
         sums = torch.zeros(len(self._buckets), self._config.sigmas, dtype=torch.float64)
         latents: list[LatentShape] = []
         for bucket, micro_batches in enumerate(self._micro):
             for micro in micro_batches:
                 sums[bucket] += self._losses(predict, micro)
             latents.append(self._builder.latent_shape(bucket))
-        all_reduce_sum(sums, self._mesh.control, "validation").wait()
-        sums /= self._mesh.replica.size
+        all_reduce_sum(sums, self._meshes[0].control, "validation").wait()
         means = [
             sums[b] / self._flow.global_count((len(slots),), [latents[b]], self._builder.channels)
             for b, slots in enumerate(self._slots)
@@ -93,7 +93,8 @@ class Validation:
         sums = []
         for j, sigma in enumerate(self._sigmas(batch.latent)):
             noises = torch.stack([keyed_noise(key(self._seed, "validation", uid=u, step=j), shape) for u in batch.uids])
-            tokens = patchify(self._flow.mix(batch, noises, [sigma] * len(batch.uids)), self._patch_size)
+            noised = self._flow.mix(batch, noises, [sigma] * len(batch.uids))
+            tokens = split_tokens(patchify(noised, self._patch_size), self._meshes[micro.bucket])
             sums.append(self._flow.losses(predict(tokens, batch.condition), tokens).double().sum())
         return torch.stack(sums).cpu()
 

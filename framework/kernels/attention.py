@@ -1,34 +1,73 @@
-"""The attention seam: one call that every kernel answers alike.
+"""The attention seam: a pair of calls that every kernel answers alike.
 
-    out = softmax(q k^T / sqrt(d)) v            (Vaswani et al. 2017, equation 1; no causal mask, no dropout)
+    out = softmax(q k^T / sqrt(d)) v,   lse = log sum exp(q k^T / sqrt(d))      (Vaswani et al. 2017, equation 1)
 
 Shapes: `B` samples, `S` queries, `L` keys, `H` heads, `d` channels of a head.
 
-A kernel is a pure function of its tensors and knows no group. Masked keys have weight exactly zero, and a sample whose
-keys are all masked yields zeros, with zero gradients, never NaN.
+A kernel is a pure function of its tensors and knows no group. It is a pair, since a ring of ranks calls the backward of
+a block of keys with the output and log-sum-exp over all keys.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from framework.kernels.aten import aten_attention
+from framework.kernels.aten import AtenAttention
+from framework.kernels.attended import Attended
 from framework.kernels.config import AttentionConfig, resolve_attention
-from framework.kernels.reference import reference_attention
+from framework.kernels.reference import ReferenceAttention
 
 
 class AttentionKernel(Protocol):
-    """`q_bshd` over `k_blhd`, `v_blhd` -> `B S H d`, in q's dtype; `mask_bl` is boolean, True = attend, None = all."""
+    """Keys beyond a sample's length have weight exactly zero; a sample without a key gives zeros, and zero gradients.
 
-    def __call__(self, q_bshd: Tensor, k_blhd: Tensor, v_blhd: Tensor, mask_bl: Tensor | None, /) -> Tensor: ...
+    lengths_b: int64, the number of leading keys that a sample attends to; None = all.
+    """
+
+    def forward(
+        self, q_bshd: Tensor, k_blhd: Tensor, v_blhd: Tensor, lengths_b: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """out `B S H d` in q's dtype, and lse `B H S` in at least float32."""
+        ...
+
+    def backward(
+        self, dout_bshd: Tensor, attended: Attended, lengths_b: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of these keys."""
+        ...
+
+
+class Attend(torch.autograd.Function):
+    """A kernel's pair as one differentiable call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_bshd: Tensor, k_blhd: Tensor, v_blhd: Tensor, lengths_b: Tensor | None, kernel: AttentionKernel
+    ) -> Tensor:
+        out_bshd, lse_bhs = kernel.forward(q_bshd, k_blhd, v_blhd, lengths_b)
+        ctx.save_for_backward(q_bshd, k_blhd, v_blhd, out_bshd, lse_bhs, lengths_b)
+        ctx.kernel = kernel
+        return out_bshd
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *attended, lengths_b = ctx.saved_tensors
+        return (*ctx.kernel.backward(grads[0], Attended(*attended), lengths_b), None, None)
+
+
+def attend(kernel: AttentionKernel, q_bshd: Tensor, k_blhd: Tensor, v_blhd: Tensor, lengths_b: Tensor | None) -> Tensor:
+    """Attention among tensors that are all here: `B S H d`, differentiable."""
+    out: Tensor = Attend.apply(q_bshd, k_blhd, v_blhd, lengths_b, kernel)
+    return out
 
 
 def build_attention(config: AttentionConfig) -> AttentionKernel:
     """The kernel that `config` names, with `auto` resolved."""
     match resolve_attention(config).kernel:
         case "aten":
-            return aten_attention
+            return AtenAttention()
         case "reference":
-            return reference_attention
+            return ReferenceAttention()
         case other:
             raise AssertionError(f"RESOLVED names the kernel {other!r}, which has no arm here")

@@ -8,6 +8,7 @@ The model's width is D = num_attention_heads * attention_head_dim.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,16 @@ class ModelConfig:
     def out_patch_dim(self) -> int:
         """P_out: the numbers of a token's predicted patch."""
         return self.out_channels * math.prod(self.patch_size)
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How a step is computed, without a change of what is computed.
+
+    recompute: what the backward computes again instead of keeping it from the forward: none of it; all of each block
+    (Chen et al., arXiv 1604.06174), exchanges between ranks included; or all but self-attention and its exchanges, the
+    dearest part of a long clip. compile: torch.compile for each block.
+    """
+
+    recompute: Literal["none", "all", "keep_attention"] = "none"
+    compile: bool = False

@@ -18,11 +18,13 @@ Shapes: `B` samples, `S` tokens, `P` numbers of an input patch, `P_out` of a pre
 `t` timesteps of a sample (one per frame of tokens, or 1 for all), `L` text tokens, `N` image tokens, `k` rotary pairs.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from framework.batch import TokenLayout
 from framework.kernels.attention import AttentionKernel
 from framework.models.config import ModelConfig
 from framework.models.embedders import ConditionEmbedder
@@ -31,8 +33,11 @@ from framework.models.layers import (
     FeedForward,
     LayerNorm,
     PatchEmbedding,
+    Seam,
     SelfAttention,
+    TokenLinear,
     add_gated,
+    as_it_is,
     compute_dtype,
     frame_rows,
     frames_to_tokens,
@@ -45,12 +50,14 @@ class Context(NamedTuple):
     """What all tokens look at. A tuple, since engines look for tensors in a module's arguments and see into tuples."""
 
     text_bld: Tensor
-    text_mask_bl: Tensor | None
+    text_lengths_b: Tensor | None
     image_bnd: Tensor | None
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward: `B S D` -> `B S D`."""
+
+    on_tokens: Seam = staticmethod(as_it_is)
 
     def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
         super().__init__()
@@ -64,17 +71,24 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, width))
 
     def forward(
-        self, x_bsd: Tensor, modulation_bt6d: Tensor, rows_bs: Tensor | None, rotation_bs1k: Tensor, context: Context
+        self,
+        x_bsd: Tensor,
+        modulation_bt6d: Tensor,
+        rows_bs: Tensor | None,
+        rotation_bs1k: Tensor,
+        context: Context,
+        layout: TokenLayout | None,
     ) -> Tensor:
         """`rows_bs` is each token's row in the modulation (`layers.frame_rows`)."""
         dtype = x_bsd.dtype
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + modulation_bt6d).unbind(2)
+        table = self.on_tokens(self.scale_shift_table) + modulation_bt6d
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)
 
         # Values are spread from frames to tokens at each use, as together they would be six times the size of x.
         normed_bsd = modulate(
             self.norm1(x_bsd), frames_to_tokens(shift, rows_bs), frames_to_tokens(1 + scale, rows_bs)
         ).to(dtype)
-        x_bsd = add_gated(x_bsd, self.attn1(normed_bsd, rotation_bs1k), frames_to_tokens(gate, rows_bs))
+        x_bsd = add_gated(x_bsd, self.attn1(normed_bsd, rotation_bs1k, layout), frames_to_tokens(gate, rows_bs))
 
         x_bsd = x_bsd + self.attn2(self.norm2(x_bsd).to(dtype), *context)
 
@@ -84,8 +98,17 @@ class Block(nn.Module):
         return add_gated(x_bsd, self.ffn(normed_bsd), frames_to_tokens(ffn_gate, rows_bs))
 
 
+def call(block: nn.Module, *inputs: object) -> Tensor:
+    """Run a block."""
+    out: Tensor = block(*inputs)
+    return out
+
+
 class DiT(nn.Module):
     """The whole model. Its parameters hold nothing of use until `initialise.py` or `weights.py` fills them."""
+
+    on_tokens: Seam = staticmethod(as_it_is)
+    run_block: Callable[..., Tensor] = staticmethod(call)
 
     def __init__(self, config: ModelConfig, attention: AttentionKernel) -> None:
         super().__init__()
@@ -94,7 +117,7 @@ class DiT(nn.Module):
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
         self.norm_out = LayerNorm(config.width, config.eps, elementwise_affine=False)
-        self.proj_out = nn.Linear(config.width, config.out_patch_dim)
+        self.proj_out = TokenLinear(config.width, config.out_patch_dim)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.width))
 
     def forward(
@@ -105,15 +128,18 @@ class DiT(nn.Module):
         timesteps_bt: Tensor,
         text_bld: Tensor,
         *,
+        layout: TokenLayout | None = None,
         text_mask_bl: Tensor | None = None,
         image_bnd: Tensor | None = None,
     ) -> Tensor:
         """The prediction `B S P_out` in output order, in the parameters' dtype.
 
-        patches_bsp: in input order. positions_bs3: int64, counted in patches. timesteps_bt: 0 (clean) to 1000 (noise),
-        at least float32. frame_index_bs: int64, each token's column in timesteps_bt; without effect where t is 1.
-        text_bld: `B L text_dim`. text_mask_bl: boolean, True = attend; None attends to all, as Wan does with its zero
-        padding. image_bnd: `B N image_dim`, if and only if the model has `image_dim`; first and last frame make one N.
+        patches_bsp: in input order. positions_bs3: int64, counted in patches, of all tokens that attention sees here.
+        timesteps_bt: 0 (clean) to 1000 (noise), at least float32. frame_index_bs: int64, each token's column in
+        timesteps_bt; without effect where t is 1. layout: which of the sample's tokens these are, None = all. text_bld:
+        `B L text_dim`. text_mask_bl: boolean, True = attend, the padding at the tail; None attends to all, as Wan does
+        with its zero padding. image_bnd: `B N image_dim`, if and only if the model has `image_dim`; first and last
+        frame make one N.
         """
         x_bsd = self.patch_embedding(patches_bsp)
         dtype, precise = x_bsd.dtype, compute_dtype(x_bsd.dtype)
@@ -121,13 +147,15 @@ class DiT(nn.Module):
         temb_btd, modulation_bt6d, text_bld, image_bnd = self.condition_embedder(
             timesteps_bt, text_bld.to(dtype), image_bnd, precise
         )
+        temb_btd, modulation_bt6d, text_bld = (self.on_tokens(x) for x in (temb_btd, modulation_bt6d, text_bld))
+        image_bnd = None if image_bnd is None else self.on_tokens(image_bnd)
         rows_bs = frame_rows(frame_index_bs, timesteps_bt.shape[1])
         rotation_bs1k = build_rotation(positions_bs3, self.config.attention_head_dim, precise)
-        context = Context(text_bld, text_mask_bl, image_bnd)
+        context = Context(text_bld, None if text_mask_bl is None else text_mask_bl.sum(1), image_bnd)
         for block in self.blocks:
-            x_bsd = block(x_bsd, modulation_bt6d, rows_bs, rotation_bs1k, context)
+            x_bsd = self.run_block(block, x_bsd, modulation_bt6d, rows_bs, rotation_bs1k, context, layout)
 
-        shift, scale = (self.scale_shift_table + temb_btd.unsqueeze(2)).unbind(2)
+        shift, scale = (self.on_tokens(self.scale_shift_table) + temb_btd.unsqueeze(2)).unbind(2)
         normed_bsd = modulate(
             self.norm_out(x_bsd), frames_to_tokens(shift, rows_bs), frames_to_tokens(1 + scale, rows_bs)
         )

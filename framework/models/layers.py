@@ -7,10 +7,17 @@ model's own dtype. Norms return the compute dtype, and whoever uses the result r
 Every parameter is used in the forward of the module that holds it, as ZeRO-3 gathers parameters module by module.
 Parameter names are diffusers' (`models/transformers/transformer_wan.py`).
 
+Three seams let `parallelize.py` place tokens and weights on several ranks. On one device they do nothing:
+
+    on_tokens    what a weight passes through before it meets tokens: other ranks may use it on other tokens
+    enter        tokens on their way into linears: other ranks may hold more of them
+    attention    self-attention: tokens may lie anywhere
+
 Shapes: `B` samples, `S` tokens, `L` text tokens, `N` image tokens, `D` width, `H` heads, `d` channels of a head,
 `t` timesteps of a sample.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -18,8 +25,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from framework.kernels.attention import AttentionKernel
+from framework.batch import TokenLayout
+from framework.kernels.attention import AttentionKernel, attend
 from framework.models.rope import rotate
+
+Seam = Callable[[Tensor], Tensor]
+# (q_bshd, k_bshd, v_bshd, layout) -> `B S H d`
+TokenAttention = Callable[[Tensor, Tensor, Tensor, TokenLayout | None], Tensor]
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    """The seam of one device."""
+    return x
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,9 +47,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class LayerNorm(nn.LayerNorm):
     """Mean 0, variance 1 over `D`; in and out `... D`, returned in the compute dtype."""
 
+    on_tokens: Seam = staticmethod(as_it_is)
+
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x.dtype)
-        weight, bias = (None, None) if self.weight is None else (self.weight.to(dtype), self.bias.to(dtype))
+        affine = (None, None) if self.weight is None else (self.weight, self.bias)
+        weight, bias = (None if w is None else self.on_tokens(w).to(dtype) for w in affine)
         return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
@@ -60,13 +80,25 @@ class PreciseLinear(nn.Linear):
 class PatchEmbedding(nn.Module):
     """A conv3d whose stride is its kernel, applied to patches as a linear: `B S P` -> `B S D`, P = (c pt ph pw)."""
 
+    on_tokens: Seam = staticmethod(as_it_is)
+
     def __init__(self, in_channels: int, width: int, patch_size: tuple[int, int, int]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, in_channels, *patch_size))
         self.bias = nn.Parameter(torch.empty(width))
 
     def forward(self, patches_bsp: Tensor) -> Tensor:
-        return F.linear(patches_bsp.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+        weight, bias = self.on_tokens(self.weight), self.on_tokens(self.bias)
+        return F.linear(patches_bsp.to(weight.dtype), weight.flatten(1), bias)
+
+
+class TokenLinear(nn.Linear):
+    """A linear on tokens, wherever they are: the head."""
+
+    on_tokens: Seam = staticmethod(as_it_is)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.on_tokens(self.weight), self.on_tokens(self.bias))
 
 
 class GeluLinear(nn.Module):
@@ -84,6 +116,8 @@ class GeluLinear(nn.Module):
 class FeedForward(nn.Module):
     """Two linears with a gelu between: `... in` -> `... out`."""
 
+    enter: Seam = staticmethod(as_it_is)
+
     def __init__(self, dims: tuple[int, int, int], approximate: Literal["none", "tanh"]) -> None:
         super().__init__()
         in_dim, hidden_dim, out_dim = dims
@@ -93,38 +127,54 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
+        out: Tensor = self.net(self.enter(x))
         return out
 
 
 class SelfAttention(nn.Module):
     """Every token attends to every token: `B S D` -> `B S D`."""
 
+    enter: Seam = staticmethod(as_it_is)
+
     def __init__(self, num_heads: int, head_dim: int, eps: float, kernel: AttentionKernel) -> None:
         super().__init__()
         width = num_heads * head_dim
         self.head_dim = head_dim
         self.kernel = kernel
+        self.attention: TokenAttention = LocalAttention(kernel)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.norm_q = RMSNorm(width, eps)
-        self.norm_k = RMSNorm(width, eps)
+        self.norm_q: nn.Module = RMSNorm(width, eps)
+        self.norm_k: nn.Module = RMSNorm(width, eps)
 
-    def forward(self, x_bsd: Tensor, rotation_bs1k: Tensor) -> Tensor:
+    def forward(self, x_bsd: Tensor, rotation_bs1k: Tensor, layout: TokenLayout | None) -> Tensor:
+        x_bsd = self.enter(x_bsd)
         q_bshd = rotate(split_heads(self.norm_q(self.to_q(x_bsd)), self.head_dim), rotation_bs1k)
         k_bshd = rotate(split_heads(self.norm_k(self.to_k(x_bsd)), self.head_dim), rotation_bs1k)
         v_bshd = split_heads(self.to_v(x_bsd), self.head_dim)
-        out: Tensor = self.to_out[0](merge_heads(self.kernel(q_bshd, k_bshd, v_bshd, None)))
+        out: Tensor = self.to_out[0](merge_heads(self.attention(q_bshd, k_bshd, v_bshd, layout)))
         return out
+
+
+class LocalAttention:
+    """Attention among tokens that are all here, none of them padding."""
+
+    def __init__(self, kernel: AttentionKernel) -> None:
+        self.kernel = kernel
+
+    def __call__(self, q_bshd: Tensor, k_bshd: Tensor, v_bshd: Tensor, layout: TokenLayout | None) -> Tensor:
+        return attend(self.kernel, q_bshd, k_bshd, v_bshd, None)
 
 
 class CrossAttention(nn.Module):
     """Tokens attend to text, and apart from that to image tokens where the model has them; the two are added.
 
-    `B S D` over text `B L D` (mask `B L`, True = attend, None = all) and image `B N D` or None -> `B S D`.
+    `B S D` over text `B L D` (its first `lengths_b` tokens, None = all) and image `B N D` or None -> `B S D`.
     """
+
+    enter: Seam = staticmethod(as_it_is)
 
     def __init__(self, num_heads: int, head_dim: int, eps: float, image_tokens: bool, kernel: AttentionKernel) -> None:
         super().__init__()
@@ -135,22 +185,22 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.norm_q = RMSNorm(width, eps)
-        self.norm_k = RMSNorm(width, eps)
+        self.norm_q: nn.Module = RMSNorm(width, eps)
+        self.norm_k: nn.Module = RMSNorm(width, eps)
         if image_tokens:
             self.add_k_proj = nn.Linear(width, width)
             self.add_v_proj = nn.Linear(width, width)
-            self.norm_added_k = RMSNorm(width, eps)
+            self.norm_added_k: nn.Module = RMSNorm(width, eps)
 
-    def forward(self, x_bsd: Tensor, text_bld: Tensor, text_mask_bl: Tensor | None, image_bnd: Tensor | None) -> Tensor:
-        q_bshd = split_heads(self.norm_q(self.to_q(x_bsd)), self.head_dim)
+    def forward(self, x_bsd: Tensor, text_bld: Tensor, lengths_b: Tensor | None, image_bnd: Tensor | None) -> Tensor:
+        q_bshd = split_heads(self.norm_q(self.to_q(self.enter(x_bsd))), self.head_dim)
         k_blhd = split_heads(self.norm_k(self.to_k(text_bld)), self.head_dim)
         v_blhd = split_heads(self.to_v(text_bld), self.head_dim)
-        seen_bshd = self.kernel(q_bshd, k_blhd, v_blhd, text_mask_bl)
+        seen_bshd = attend(self.kernel, q_bshd, k_blhd, v_blhd, lengths_b)
         if image_bnd is not None:
             k_bnhd = split_heads(self.norm_added_k(self.add_k_proj(image_bnd)), self.head_dim)
             v_bnhd = split_heads(self.add_v_proj(image_bnd), self.head_dim)
-            seen_bshd = seen_bshd + self.kernel(q_bshd, k_bnhd, v_bnhd, None)
+            seen_bshd = seen_bshd + attend(self.kernel, q_bshd, k_bnhd, v_bnhd, None)
         out: Tensor = self.to_out[0](merge_heads(seen_bshd))
         return out
 

@@ -1,16 +1,169 @@
-"""The one file that applies parallelism to a model.
+"""The one file that applies parallelism to a model, in a fixed order: tp table, attention, recompute, compile.
 
-Data parallelism needs nothing from the model: every rank holds whole tensors, which the ZeRO engine partitions. What a
-tensor-parallel rank holds of each parameter is said here, as the list of its shards.
+Data parallelism needs nothing from the model: the ZeRO engine partitions what a rank holds. Context parallelism changes
+self-attention alone. Tensor parallelism splits linears by the table below, and the norms of q and k with them. Tokens
+are split over tp too wherever there is no linear (arXiv 2205.05198): a module's `enter` gathers them, a row linear
+sums and scatters them.
+
+What every tp rank holds whole but uses on its own tokens has its gradient summed over tp where it is used
+(`on_tokens`): norms, modulation tables, patch embedding, head, biases of row linears, and what the embedders of time,
+text and image give, which stay replicated. Everything else sees all tokens of the group, or only its own columns.
 """
 
-from torch import nn
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Final, Literal
 
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from framework.models.config import ExecutionConfig
+from framework.models.dit import Block, DiT
+from framework.parallel.collectives import gather_tokens, sum_gradient
+from framework.parallel.context_parallel.attention import ContextAttention, keep_nothing
 from framework.parallel.fragments import ParameterShard
-from framework.parallel.mesh import Mesh
+from framework.parallel.mesh import Group, Mesh
+from framework.parallel.tensor_parallel import RowLinear, SplitRMSNorm
+from framework.shapes import even_parts
+
+Style = Literal["column", "row", "norm"]
+
+# Within a block: module -> linear or norm -> style. A linear that isn't there (image tokens) is left out.
+TABLE: Final[Mapping[str, Mapping[str, Style]]] = MappingProxyType(
+    {
+        "attn1": MappingProxyType(
+            {
+                "to_q": "column",
+                "to_k": "column",
+                "to_v": "column",
+                "norm_q": "norm",
+                "norm_k": "norm",
+                "to_out.0": "row",
+            }
+        ),
+        "attn2": MappingProxyType(
+            {
+                "to_q": "column",
+                "to_k": "column",
+                "to_v": "column",
+                "add_k_proj": "column",
+                "add_v_proj": "column",
+                "norm_q": "norm",
+                "norm_k": "norm",
+                "norm_added_k": "norm",
+                "to_out.0": "row",
+            }
+        ),
+        "ffn": MappingProxyType({"net.0.proj": "column", "net.2": "row"}),
+    }
+)
+# Where replicated weights meet a rank's own tokens: in the model, and in each of its blocks.
+ON_TOKENS: Final = ("", "patch_embedding", "proj_out")
+ON_TOKENS_IN_BLOCK: Final = ("", "norm2")
 
 
-def parallelize(model: nn.Module, mesh: Mesh) -> list[ParameterShard]:
+def parallelize(model: DiT, mesh: Mesh, execution: ExecutionConfig) -> list[ParameterShard]:
     """Apply the mesh to a model on the meta device; the shards of its parameters, in the model's order."""
-    assert mesh.replica.size == 1, "the recipe's check refuses tensor and context parallelism in this release"
-    return [ParameterShard.whole(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    whole = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    split: dict[str, tuple[int, int]] = {}
+    for prefix, block in blocks_of(model):
+        split |= {f"{prefix}.{name}": place for name, place in split_block(block, mesh.tp).items()}
+        for name in ON_TOKENS_IN_BLOCK:
+            object.__setattr__(block.get_submodule(name), "on_tokens", partial(sum_gradient, group=mesh.tp))
+        block.attn1.attention = ContextAttention(block.attn1.kernel)
+    for name in ON_TOKENS:
+        object.__setattr__(model.get_submodule(name), "on_tokens", partial(sum_gradient, group=mesh.tp))
+    apply_recompute(model, execution)
+    if execution.compile:
+        for _, block in blocks_of(model):
+            block.compile()
+    return [shard_of(name, parameter, whole[name], split.get(name), mesh.tp) for name, parameter in named(model)]
+
+
+def blocks_of(model: DiT) -> Iterator[tuple[str, Block]]:
+    """Every block and its name."""
+    for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        yield f"blocks.{index}", block
+
+
+def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters by name."""
+    return list(model.named_parameters())
+
+
+def split_block(block: Block, tp: Group) -> dict[str, tuple[int, int]]:
+    """Put this rank's parts in the place of the table's linears and norms: parameter -> (dim, offset)."""
+    places: dict[str, tuple[int, int]] = {}
+    for module_name, rows in TABLE.items():
+        module = block.get_submodule(module_name)
+        object.__setattr__(module, "enter", partial(gather_tokens, group=tp))
+        for name, style in rows.items():
+            holder_name, _, attribute = name.rpartition(".")
+            holder = module.get_submodule(holder_name)
+            if not hasattr(holder, attribute):
+                continue
+            part, found = split_module(getattr(holder, attribute), style, block.attn1.head_dim, tp)
+            setattr(holder, attribute, part)
+            places |= {f"{module_name}.{name}.{parameter}": place for parameter, place in found.items()}
+    return places
+
+
+def split_module(
+    module: nn.Module, style: Style, head_dim: int, tp: Group
+) -> tuple[nn.Module, dict[str, tuple[int, int]]]:
+    """This rank's part of a linear or norm, and where its parameters lie: name -> (dim, offset)."""
+    match style:
+        case "column":
+            assert isinstance(module, nn.Linear)
+            size, offset = part_of(module.out_features, tp)
+            return nn.Linear(module.in_features, size, device="meta"), {"weight": (0, offset), "bias": (0, offset)}
+        case "row":
+            assert isinstance(module, nn.Linear)
+            size, offset = part_of(module.in_features, tp)
+            with torch.device("meta"):
+                return RowLinear(size, module.out_features, tp), {"weight": (1, offset)}
+        case "norm":
+            dim = module.get_parameter("weight").numel()
+            size, offset = part_of(dim, tp)
+            with torch.device("meta"):
+                return SplitRMSNorm(size, dim, float(str(module.eps)), tp), {"weight": (0, offset)}
+
+
+def part_of(columns: int, tp: Group) -> tuple[int, int]:
+    """This rank's number of columns and the first of them. The recipe's check makes tp divide the heads, so a part of
+    the attention's columns is whole heads; the feed-forward's may differ by one.
+    """
+    sizes = even_parts(columns, tp.size)
+    return sizes[tp.index], sum(sizes[: tp.index])
+
+
+def shard_of(
+    name: str, parameter: nn.Parameter, whole: tuple[int, ...], place: tuple[int, int] | None, tp: Group
+) -> ParameterShard:
+    """What this rank holds of a parameter; marks what tp splits, as DeepSpeed's norm asks for it."""
+    offset = [0] * len(whole)
+    if place is not None and tp.size > 1:
+        dim, start = place
+        offset[dim] = start
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        return ParameterShard(name, whole, tuple(offset), tuple(parameter.shape))
+    return ParameterShard(name, whole, tuple(offset), whole, owner=tp.index == 0)
+
+
+def apply_recompute(model: DiT, execution: ExecutionConfig) -> None:
+    """Decide what a block's backward computes again instead of keeping it."""
+    if execution.recompute == "none":
+        return
+    keeps = execution.recompute == "keep_attention"
+
+    def run_block(block: Block, *inputs: object) -> Tensor:
+        attention = block.attn1.attention
+        assert isinstance(attention, ContextAttention)
+        context = attention.keeping if keeps else keep_nothing
+        out: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+        return out
+
+    model.run_block = run_block

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from framework.batch import Noised, TokenLayout, Tokens
+from framework.parallel.mesh import lone_mesh
 from framework.shapes import LatentShape, token_shape
 
 
@@ -63,7 +64,7 @@ def frame_index(positions_bs3: Tensor) -> Tensor:
 
 
 def patchify(noised: Noised, patch_size: tuple[int, int, int]) -> Tokens:
-    """A noised batch as the tokens of one device: all of them, none padded."""
+    """A noised batch as the tokens of one device: all of them, none padded. `split_tokens` deals them to ranks."""
     batch, _, frames, height, width = noised.latents.shape
     latent = LatentShape(frames, height, width)
     positions = token_positions(batch, latent, patch_size, noised.latents.device)
@@ -74,5 +75,5 @@ def patchify(noised: Noised, patch_size: tuple[int, int, int]) -> Tokens:
         frame_index=frame_index(positions),
         timesteps=noised.timesteps,
         weights=noised.weights,
-        layout=TokenLayout(valid=(positions.shape[1],), index=0),
+        layout=TokenLayout(valid=(positions.shape[1],), index=0, mesh=lone_mesh()),
     )

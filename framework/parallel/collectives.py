@@ -1,12 +1,23 @@
 """Collectives that take their group as an argument and count what they send.
 
-Bytes are what one rank sends by the bandwidth-optimal algorithm: an all-reduce 2 (n-1)/n of its tensor, a rooted
-broadcast (n-1)/n of it (the mean over the ranks).
+Bytes are what one rank sends by the bandwidth-optimal algorithm, for n ranks: an all-reduce 2 (n-1)/n of its tensor, an
+all-gather and a reduce-scatter (n-1)/n of the full tensor, an all-to-all (n-1)/n of the local tensor, a ring exchange
+what it sends.
+
+A pair of them is differentiable where the model needs it. Every rank of a group has its own loss, the gradient is that
+of their sum, and so a backward is the transpose of its forward:
+
+    gather <-> reduce-scatter        sum <-> sum (each rank's result reaches every loss)        copy <-> sum
+
+In a group of one rank they return their tensor as it is, and count nothing.
 """
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 from framework.parallel.mesh import Group
@@ -14,12 +25,132 @@ from framework.parallel.mesh import Group
 T = TypeVar("T")
 
 
+def num_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
 def all_reduce_sum(tensor: Tensor, group: Group, purpose: str) -> dist.Work:
     """Sum `tensor` over the group in place, without waiting: call `wait()` on what is returned before reading it."""
-    group.traffic.count(purpose, 2 * (group.size - 1) * tensor.numel() * tensor.element_size() // group.size)
+    group.traffic.count(purpose, 2 * (group.size - 1) * num_bytes(tensor) // group.size)
     work = dist.all_reduce(tensor, group=group.process_group, async_op=True)
     assert work is not None, "this rank is a member of the groups that it holds"
     return work
+
+
+def summed(tensor: Tensor, group: Group, purpose: str) -> Tensor:
+    """The sum over the group, as a new tensor."""
+    if group.size == 1:
+        return tensor
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    all_reduce_sum(total, group, purpose).wait()
+    return total
+
+
+def all_gather_tokens(x_bsd: Tensor, group: Group, purpose: str) -> Tensor:
+    """Every rank's tokens in rank order: `B s D` -> `B (n s) D`."""
+    if group.size == 1:
+        return x_bsd
+    parts_nbsd = x_bsd.new_empty((group.size, *x_bsd.shape))
+    group.traffic.count(purpose, (group.size - 1) * num_bytes(x_bsd))
+    dist.all_gather_into_tensor(parts_nbsd, x_bsd.contiguous(), group=group.process_group)
+    return rearrange(parts_nbsd, "n b s d -> b (n s) d")
+
+
+def reduce_scatter_tokens(x_bsd: Tensor, group: Group, purpose: str) -> Tensor:
+    """This rank's tokens of the sum over the group: `B (n s) D` -> `B s D`."""
+    if group.size == 1:
+        return x_bsd
+    parts_nbsd = rearrange(x_bsd, "b (n s) d -> n b s d", n=group.size).contiguous()
+    out_bsd = parts_nbsd.new_empty(parts_nbsd.shape[1:])
+    group.traffic.count(purpose, (group.size - 1) * num_bytes(x_bsd) // group.size)
+    dist.reduce_scatter_tensor(out_bsd, parts_nbsd.flatten(0, 1), group=group.process_group)
+    return out_bsd
+
+
+def all_to_all(flat: Tensor, send: list[int], receive: list[int], group: Group, purpose: str) -> Tensor:
+    """Element ranges of sizes `send` to the group's ranks in order; what came, of sizes `receive`, likewise."""
+    out = flat.new_empty(sum(receive))
+    group.traffic.count(purpose, (group.size - 1) * num_bytes(flat) // group.size)
+    dist.all_to_all_single(out, flat, receive, send, group=group.process_group)
+    return out
+
+
+def ring_exchange(tensor: Tensor, group: Group, purpose: str) -> Callable[[], Tensor]:
+    """Send `tensor` to the next rank and take the previous one's. Starts at once; call what is returned for the result.
+
+    On a GPU that call makes the stream wait, not the host.
+    """
+    out = torch.empty_like(tensor)
+    onward, back = (group.ranks[(group.index + step) % group.size] for step in (1, -1))
+    group.traffic.count(purpose, num_bytes(tensor))
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, tensor, onward, group.process_group),
+            dist.P2POp(dist.irecv, out, back, group.process_group),
+        ]
+    )
+
+    def receive() -> Tensor:
+        for work in works:
+            work.wait()
+        return out
+
+    return receive
+
+
+class GatherTokens(torch.autograd.Function):
+    """Forward: all-gather. Backward: reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x_bsd: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_gather_tokens(x_bsd, group, "gather_tokens")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter_tokens(grads[0], ctx.group, "scatter_tokens"), None
+
+
+class ScatterTokens(torch.autograd.Function):
+    """Forward: reduce-scatter. Backward: all-gather."""
+
+    @staticmethod
+    def forward(ctx: Any, x_bsd: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_tokens(x_bsd, group, "scatter_tokens")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_tokens(grads[0], ctx.group, "gather_tokens"), None
+
+
+class SumGradient(torch.autograd.Function):
+    """Forward: the tensor as it is. Backward: sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return summed(grads[0], ctx.group, "replicated"), None
+
+
+def gather_tokens(x_bsd: Tensor, group: Group) -> Tensor:
+    """This rank's tokens -> the group's tokens, `B s D` -> `B (n s) D`; the gradients of the copies are summed."""
+    return x_bsd if group.size == 1 else GatherTokens.apply(x_bsd, group)
+
+
+def scatter_tokens(x_bsd: Tensor, group: Group) -> Tensor:
+    """Partial sums of the group's tokens -> this rank's tokens summed, `B (n s) D` -> `B s D`."""
+    return x_bsd if group.size == 1 else ScatterTokens.apply(x_bsd, group)
+
+
+def sum_gradient(x: Tensor, group: Group) -> Tensor:
+    """A tensor that every rank of the group holds alike and uses on its own tokens: its gradients are summed."""
+    return x if group.size == 1 else SumGradient.apply(x, group)
 
 
 def broadcast_object(value: T | None, group: Group, *, source: int = 0) -> T:

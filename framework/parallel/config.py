@@ -49,6 +49,23 @@ class MeshShape:
         return f"dp={self.dp} ring={self.ring} ulysses={self.ulysses} tp={self.tp}"
 
 
+def split_shape(shape: MeshShape, ring: int, ulysses: int) -> MeshShape:
+    """The ranks of `shape` cut by a bucket's own ring and ulysses: dp * ring * ulysses, and tp, stay what they are.
+
+    Raises ValueError with the equation, the values and the nearest degrees when it can't be.
+    """
+    ranks = shape.dp * shape.cp
+    if ranks % (ring * ulysses):
+        fits = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        nearest = sorted(fits, key=lambda n: abs(n - ring * ulysses))[:2]
+        raise ValueError(
+            f"a bucket's ring * ulysses must divide mesh.dp * ring * ulysses: {ring} * {ulysses} = {ring * ulysses} "
+            f"doesn't divide {shape.dp} * {shape.ring} * {shape.ulysses} = {ranks}; the nearest products that do are "
+            f"{' and '.join(map(str, sorted(nearest)))}"
+        )
+    return MeshShape(ranks // (ring * ulysses), ring, ulysses, shape.tp)
+
+
 def resolve_mesh(config: MeshConfig, *, num_ranks: int | None, num_gpus: int = 0) -> MeshShape:
     """Degrees for the ranks that are there (num_ranks), else for the visible GPUs, else for one replica.
 

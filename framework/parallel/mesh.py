@@ -10,18 +10,21 @@ across, dp outermost. Every group is a set of axes that vary while the others st
 
 `control` is world on gloo, for flags and plans. Two groups with the same ranks share one process group, so the names
 cost no communicator.
+
+A bucket may have its own ring and ulysses. They cut the same ranks of dp x cp into other replicas, so they change which
+ranks share a sample, and neither tp nor zero: no parameter moves. `Mesh.split` is the mesh seen by such a bucket.
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 import torch.distributed as dist
 
-from framework.parallel.config import MeshShape
+from framework.parallel.config import MeshShape, split_shape
 
 AXES = ("dp", "ring", "ulysses", "tp")
 GROUP_AXES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
@@ -67,7 +70,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All groups of this rank. Passed by hand: there is no global one."""
+    """All groups of this rank. Passed by hand: there is no global one. splits: the meshes of buckets whose ring and
+    ulysses are their own.
+    """
 
     shape: MeshShape
     rank: int
@@ -80,6 +85,16 @@ class Mesh:
     zero: Group
     world: Group
     control: Group
+    splits: Mapping[tuple[int, int], "Mesh"]
+
+    def groups(self) -> tuple[Group, ...]:
+        """All of them."""
+        return tuple(getattr(self, name) for name in (*GROUP_AXES, "control"))
+
+    def split(self, ring: int, ulysses: int) -> "Mesh":
+        """The same ranks with other degrees of context parallelism, which `build_mesh` was told of."""
+        own = (self.shape.ring, self.shape.ulysses)
+        return self if (ring, ulysses) == own else self.splits[ring, ulysses]
 
 
 def group_ranks(shape: MeshShape, axes: tuple[str, ...]) -> list[tuple[int, ...]]:
@@ -101,11 +116,27 @@ def new_group(ranks: tuple[int, ...], *, backend: str | None = None) -> dist.Pro
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
-def build_mesh(shape: MeshShape, rank: int) -> Mesh:
-    """Make the groups; torch.distributed must be initialised with `shape.world_size` ranks. Collective over the
-    world.
+def build_mesh(shape: MeshShape, rank: int, splits: Iterable[tuple[int, int]] = ()) -> Mesh:
+    """Make the groups; torch.distributed must be initialised with `shape.world_size` ranks. Collective over the world.
+
+    splits: (ring, ulysses) of buckets with their own degrees; ring x ulysses divides dp x cp (`config.split_shape`).
     """
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(shape.world_size)): dist.group.WORLD}
+    groups = make_groups(shape, rank, made)
+    world = groups["world"]
+    control = Group("control", world.ranks, rank, new_group(world.ranks, backend="gloo"))
+    mesh = Mesh(shape=shape, rank=rank, control=control, splits={}, **groups)
+    cut: dict[tuple[int, int], Mesh] = {}
+    for ring, ulysses in dict.fromkeys(splits):
+        other = split_shape(shape, ring, ulysses)
+        if other != shape:
+            own = make_groups(other, rank, made) | {name: groups[name] for name in ("tp", "zero", "world")}
+            cut[ring, ulysses] = Mesh(shape=other, rank=rank, control=control, splits={}, **own)
+    return replace(mesh, splits=MappingProxyType(cut))
+
+
+def make_groups(shape: MeshShape, rank: int, made: dict[tuple[int, ...], dist.ProcessGroup | None]) -> dict[str, Group]:
+    """This rank's groups by name; `made` holds the process groups that there are, and gains what is new."""
     groups: dict[str, Group] = {}
     for name, axes in GROUP_AXES.items():
         for ranks in group_ranks(shape, axes):
@@ -113,6 +144,10 @@ def build_mesh(shape: MeshShape, rank: int) -> Mesh:
                 made[ranks] = new_group(ranks)
             if rank in ranks:
                 groups[name] = Group(name, ranks, ranks.index(rank), made[ranks])
-    world = groups["world"]
-    control = Group("control", world.ranks, rank, new_group(world.ranks, backend="gloo"))
-    return Mesh(shape=shape, rank=rank, control=control, **groups)
+    return groups
+
+
+def lone_mesh() -> Mesh:
+    """The mesh of one process without torch.distributed: every group is this rank alone."""
+    groups = {name: Group(name, (0,), 0, None) for name in (*GROUP_AXES, "control")}
+    return Mesh(shape=MeshShape(1, 1, 1, 1), rank=0, splits={}, **groups)

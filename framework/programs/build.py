@@ -13,6 +13,7 @@ from torch import nn
 from framework.data.buckets import Stream, open_streams
 from framework.data.config import StreamConfig
 from framework.data.loader import BatchBuilder
+from framework.data.schedule import Place, Schedule
 from framework.diffusion.flow import Flow
 from framework.environment import Environment
 from framework.kernels.attention import build_attention
@@ -25,7 +26,7 @@ from framework.parallel.config import resolve_mesh
 from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import Group, Mesh, build_mesh
 from framework.parallel.zero.engine import Engine
-from framework.recipe import Recipe, flatten
+from framework.recipe import Recipe, bucket_degrees, flatten
 from framework.run import Run, claim_attempt, lock_run, store_recipe
 from framework.text.encoder import TextEncoder, build_text_encoder
 from framework.tokenizer.config import tokenizer_version
@@ -57,7 +58,23 @@ def open_mesh(recipe: Recipe, env: Environment) -> Mesh:
         torch.use_deterministic_algorithms(True)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timedelta(minutes=10))
-    return build_mesh(shape, env.rank)
+    return build_mesh(shape, env.rank, bucket_splits(recipe))
+
+
+def bucket_splits(recipe: Recipe) -> list[tuple[int, int]]:
+    """(ring, ulysses) of every bucket."""
+    return [bucket_degrees(recipe, index) for index in range(len(recipe.data.buckets))]
+
+
+def bucket_meshes(recipe: Recipe, mesh: Mesh) -> list[Mesh]:
+    """The mesh as each bucket sees it."""
+    return [mesh.split(ring, ulysses) for ring, ulysses in bucket_splits(recipe)]
+
+
+def build_schedule(recipe: Recipe, streams: list[Stream], meshes: list[Mesh]) -> Schedule:
+    """What this rank does in each step. meshes: of each bucket."""
+    places = [Place(mesh.dp.index, mesh.dp.size) for mesh in meshes]
+    return Schedule(recipe.data, streams, seed=recipe.seed, places=places)
 
 
 def this_device() -> torch.device:
@@ -103,7 +120,7 @@ def build_model(recipe: Recipe, mesh: Mesh) -> tuple[nn.Module, list[ParameterSh
     """The transformer on the meta device, and what this rank holds of each parameter."""
     with torch.device("meta"):
         model = DiT(recipe.model, build_attention(recipe.attention))
-    return model, parallelize(model, mesh)
+    return model, parallelize(model, mesh, recipe.execution)
 
 
 def build_engine(recipe: Recipe, model: nn.Module, shards: list[ParameterShard], mesh: Mesh) -> Engine:

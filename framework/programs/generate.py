@@ -13,6 +13,8 @@ from framework.diffusion.timesteps import num_tokens, shift_value
 from framework.diffusion.video_file import to_uint8
 from framework.keys import key
 from framework.models.patchify import patchify, unpatchify_output
+from framework.parallel.context_parallel.tokens import join_tokens, split_tokens
+from framework.parallel.mesh import Mesh
 from framework.programs.build import Encoders
 from framework.recipe import Recipe
 from framework.shapes import ClipShape, latent_shape
@@ -20,12 +22,13 @@ from framework.shapes import ClipShape, latent_shape
 
 @dataclass(frozen=True)
 class Generator:
-    """Samples videos in one shape."""
+    """Samples videos in one shape, each on the ranks of a replica of `mesh`."""
 
     recipe: Recipe
     encoders: Encoders
     clip: ClipShape
     device: torch.device
+    mesh: Mesh
 
     @property
     def fps(self) -> float:
@@ -44,8 +47,9 @@ class Generator:
             frames = latent.frames // model.patch_size[0]
             timesteps = torch.full((len(prompts), frames), sigma * NUM_TRAIN_TIMESTEPS, device=self.device)
             ones = torch.ones(len(prompts), device=self.device)
-            tokens = patchify(Noised(latents, latents, timesteps, ones), model.patch_size)
-            return unpatchify_output(predict(tokens, condition), latent, model.patch_size).to(latents.dtype)
+            tokens = split_tokens(patchify(Noised(latents, latents, timesteps, ones), model.patch_size), self.mesh)
+            prediction = join_tokens(predict(tokens, condition), tokens.layout)
+            return unpatchify_output(prediction, latent, model.patch_size).to(latents.dtype)
 
         given, empty = self._condition(prompts), self._condition([""] * len(prompts))
         latents = euler(

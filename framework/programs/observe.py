@@ -22,11 +22,11 @@ class Observer:
     def __init__(
         self, recipe: Recipe, mesh: Mesh, run: Run, *, flow: Flow, engine: Engine, ema: Ema, encoders: build.Encoders
     ) -> None:
-        self._recipe, self._mesh, self._run = recipe, mesh, run
+        self._recipe, self._run = recipe, run
         self._engine, self._ema = engine, ema
         self._validation = build_validation(recipe, mesh, flow, encoders) if recipe.validation.every else None
         clip = recipe.data.buckets[0].clip
-        self._generator = Generator(recipe, encoders, clip, build.this_device())
+        self._generator = Generator(recipe, encoders, clip, build.this_device(), build.bucket_meshes(recipe, mesh)[0])
 
     def is_due(self, step: int) -> bool:
         """Whether something happens after this step."""
@@ -62,14 +62,14 @@ class Observer:
         return result.loss
 
     def _sample(self, step: int) -> None:
-        """Prompts are dealt to the dp ranks; every rank runs as often, since a forward may be a collective."""
-        config, dp = self._recipe.samples, self._mesh.dp
+        """Prompts are dealt to the replicas; every rank runs as often, since a forward may be a collective."""
+        config, mesh = self._recipe.samples, self._generator.mesh
         self._run.samples.mkdir(exist_ok=True)
-        for first in range(0, len(config.prompts), dp.size):
-            number = first + dp.index
+        for first in range(0, len(config.prompts), mesh.dp.size):
+            number = first + mesh.dp.index
             prompt = config.prompts[min(number, len(config.prompts) - 1)]
             (video,) = self._generator(self._engine, [prompt], seed=config.seed)
-            if number < len(config.prompts) and self._mesh.replica.index == 0:
+            if number < len(config.prompts) and mesh.replica.index == 0:
                 stem = self._run.samples / f"step-{step:08}-{number:02}"
                 write_mp4(stem.with_suffix(".mp4"), video, self._generator.fps)
                 write_contact_sheet(stem.with_suffix(".png"), [(prompt, video)])
@@ -86,7 +86,7 @@ def build_validation(recipe: Recipe, mesh: Mesh, flow: Flow, encoders: build.Enc
         recipe.data.buckets,
         builder=build.build_builder(recipe, streams, encoders, dropout=0.0),
         flow=flow,
-        mesh=mesh,
+        meshes=build.bucket_meshes(recipe, mesh),
         micro_batch=recipe.data.micro_batch,
         seed=recipe.seed,
         patch_size=recipe.model.patch_size,

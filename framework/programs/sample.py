@@ -14,6 +14,7 @@ from framework.diffusion.video_file import write_contact_sheet, write_mp4
 from framework.kernels.attention import build_attention
 from framework.models.dit import DiT
 from framework.parallel.fragments import Fragment, ParameterShard
+from framework.parallel.mesh import lone_mesh
 from framework.programs import build
 from framework.programs.generate import Generator
 from framework.recipe import Recipe
@@ -46,6 +47,7 @@ class LocalModel:
             tokens.frame_index,
             tokens.timesteps,
             condition.text.to(self._dtype),
+            layout=tokens.layout,
             text_mask_bl=condition.text_mask,
             image_bnd=condition.image,
         )
@@ -65,7 +67,7 @@ def sample(path: Path, request: SampleRequest) -> str:
     )
     device = build.this_device()
     model = load_model(recipe, found, weights=request.weights, device=device)
-    generator = Generator(recipe, build.build_encoders(recipe), recipe.data.buckets[0].clip, device)
+    generator = Generator(recipe, build.build_encoders(recipe), recipe.data.buckets[0].clip, device, lone_mesh())
     (video,) = generator(LocalModel(model), [request.prompt], seed=request.seed)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     sheet = request.out.with_suffix(".png")

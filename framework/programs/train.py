@@ -3,6 +3,7 @@
 import gc
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from framework.metrics import MetricsWriter, StepRecord
 from framework.models.patchify import patchify
 from framework.optim import learning_rate
 from framework.parallel.collectives import all_reduce_sum, barrier, broadcast_object, gather_objects
+from framework.parallel.context_parallel.tokens import split_tokens
 from framework.parallel.mesh import Mesh
 from framework.parallel.zero.engine import Engine, StepStats
 from framework.programs import build
@@ -31,10 +33,11 @@ from framework.shapes import LatentShape, latent_shape
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop works with."""
+    """What the loop works with. meshes: as each bucket sees the mesh."""
 
     recipe: Recipe
     mesh: Mesh
+    meshes: list[Mesh]
     engine: Engine
     ema: Ema
     flow: Flow
@@ -120,7 +123,7 @@ def loop(
         assert work.step == progress.step
         loss_sum, stats, suspects = optimizer_step(parts, work)
         progress = advance(progress, work, parts.num_tokens, stats)
-        reduction = all_reduce_sum(loss_sum, parts.mesh.zero, "loss")
+        reduction = all_reduce_sum(loss_sum, parts.mesh.world, "loss")
         if pending is not None:
             publish(metrics, report, pending)
         pending = StepRecord(
@@ -163,7 +166,7 @@ def optimizer_step(parts: Parts, work: Work) -> tuple[Tensor, StepStats, tuple[s
     losses: list[tuple[Tensor, tuple[str, ...]]] = []
     for index, batch in enumerate(parts.loader.batches(work)):
         noised = parts.flow.noise(batch, step=work.step)
-        tokens = patchify(noised, parts.recipe.model.patch_size)
+        tokens = split_tokens(patchify(noised, parts.recipe.model.patch_size), parts.meshes[batch.bucket])
         loss = parts.flow.loss_sum(parts.engine(tokens, batch.condition), tokens)
         parts.engine.backward(loss, global_count=parts.global_count(work), last=index + 1 == work.num_micro)
         losses.append((loss.detach(), batch.uids))
@@ -188,11 +191,13 @@ def suspects_of(losses: list[tuple[Tensor, tuple[str, ...]]], mesh: Mesh) -> tup
 def build_parts(recipe: Recipe, mesh: Mesh, engine: Engine, *, ema: Ema, encoders: build.Encoders, start: int) -> Parts:
     """Data, objective and order for the loop."""
     streams = build.open_data(recipe, recipe.data.streams)
-    schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=mesh.dp.size, dp_index=mesh.dp.index)
+    meshes = build.bucket_meshes(recipe, mesh)
+    schedule = build.build_schedule(recipe, streams, meshes)
     builder = build.build_builder(recipe, streams, encoders, dropout=recipe.text.dropout)
     return Parts(
         recipe=recipe,
         mesh=mesh,
+        meshes=meshes,
         engine=engine,
         ema=ema,
         flow=build.build_flow(recipe),
@@ -222,7 +227,11 @@ def step_tokens(work: Work, num_tokens: list[int]) -> int:
 
 def traffic(mesh: Mesh) -> dict[str, int]:
     """Bytes that our own collectives have sent so far, by group."""
-    return {g.name: sum(g.traffic.num_bytes.values()) for g in (mesh.zero, mesh.control) if g.size > 1}
+    groups = [group for each in (mesh, *mesh.splits.values()) for group in each.groups()]
+    totals: Counter[str] = Counter()
+    for group in {id(group): group for group in groups if group.size > 1}.values():
+        totals[group.name] += sum(group.traffic.num_bytes.values())
+    return dict(totals)
 
 
 def publish(metrics: MetricsWriter, report: ProgressReport, record: StepRecord) -> None:

@@ -11,8 +11,8 @@ from tiny import write_latents, write_recipe
 from torch import Tensor
 
 from framework.batch import Tokens
-from framework.data.schedule import Schedule
-from framework.kernels.reference import reference_attention
+from framework.data.schedule import Place, Schedule
+from framework.kernels.reference import ReferenceAttention
 from framework.keys import key
 from framework.models.dit import DiT
 from framework.models.initialise import init_tensor
@@ -46,13 +46,13 @@ def serial_gradients(recipe: Recipe) -> tuple[float, dict[str, Tensor]]:
 
     In float32, as the time embedding's sinusoids of 1000 sigma alone put float64 1.4e-5 away from every float32 run.
     """
-    model = DiT(recipe.model, reference_attention)
+    model = DiT(recipe.model, ReferenceAttention())
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(key(recipe.seed, "init", uid=name))
         value = init_tensor(name, tuple(parameter.shape), generator, recipe.model)
         parameter.data.copy_(ranks.projection(tuple(parameter.shape)) if name == "proj_out.weight" else value)
     streams = build.open_data(recipe, recipe.data.streams)
-    schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=1, dp_index=0)
+    schedule = Schedule(recipe.data, streams, seed=recipe.seed, places=[Place(0, 1)] * 2)
     builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=recipe.text.dropout)
     flow, total = build.build_flow(recipe), torch.zeros(())
     for micro in schedule[0].micro_batches:

@@ -14,8 +14,8 @@ from syntax import MODULES, REPOSITORY, ROOT, TREES, chain, functions, imported
 ROWS: Final = (
     ("shapes", "keys"),  # nouns of integers, which configs name in their signatures
     ("*.config", "layers", "environment", "storage", "log"),
-    ("recipe", "batch", "parallel.mesh", "parallel.fragments", "kernels"),
-    ("run", "parallel.collectives", "plan", "tokenizer", "text", "optim", "ema"),  # a run stores a recipe
+    ("recipe", "parallel.mesh", "parallel.fragments", "kernels"),
+    ("run", "batch", "parallel.collectives", "plan", "tokenizer", "text", "optim", "ema"),  # a run stores a recipe
     ("parallel.tensor_parallel", "parallel.context_parallel", "diffusion", "data"),
     ("models", "parallel.zero"),
     ("checkpoint", "metrics", "profiling", "evaluate", "curate"),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from framework.batch import Batch, Condition
 from framework.data.loader import Loader
-from framework.data.schedule import MicroBatch, Schedule, Slot, Work, cut, share
+from framework.data.schedule import MicroBatch, Place, Schedule, Slot, Work, cut, share
 from framework.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from framework.diffusion.timesteps import num_tokens, shift_value
 from framework.ema import Ema
@@ -76,7 +76,9 @@ class HeldBatches:
         slots = [Slot(i, i % len(buckets), 0, i, f"clip{i}", f"clip{i}#0.0") for i in range(recipe.data.global_batch)]
         groups = [[slot for slot in slots if slot.bucket == b] for b in range(len(buckets))]
         micros = [
-            micro for b, members in enumerate(groups) for micro in cut(b, share(members, 1, 0), recipe.data.micro_batch)
+            micro
+            for b, members in enumerate(groups)
+            for micro in cut(b, share(members, Place(0, 1)), recipe.data.micro_batch)
         ]
         self.work = Work(0, tuple(micros), tuple(len(members) for members in groups))
         self.latents = [latent_shape(bucket.clip, strides) for bucket in buckets]
@@ -93,6 +95,7 @@ class HeldBatches:
                 uids=tuple(slot.uid for slot in chosen),
                 draws=tuple(slot.draw for slot in chosen),
                 positions=tuple(slot.position for slot in chosen),
+                bucket=micro.bucket,
                 clip=buckets[micro.bucket].clip,
                 latent=latent,
             )
@@ -119,6 +122,7 @@ def build_ours(recipe: Recipe, mesh: Mesh, held: HeldBatches, *, with_ema: bool)
     parts = Parts(
         recipe=recipe,
         mesh=mesh,
+        meshes=build.bucket_meshes(recipe, mesh),
         engine=engine,
         ema=Ema(engine.fragments(), recipe.ema) if with_ema else cast(Ema, NoEma()),
         flow=build.build_flow(recipe),

@@ -104,6 +104,7 @@ class DeepSpeedEngine:
             tokens.frame_index,
             tokens.timesteps,
             condition.text.to(self._dtype),
+            layout=tokens.layout,
             text_mask_bl=condition.text_mask,
             image_bnd=image,
         )

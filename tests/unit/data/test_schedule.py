@@ -7,7 +7,7 @@ import pytest
 
 from framework.data.buckets import Stream
 from framework.data.config import BucketConfig, DataConfig, StreamConfig
-from framework.data.schedule import MicroBatch, Schedule, Slot, cut, share
+from framework.data.schedule import MicroBatch, Place, Schedule, Slot, cut, share
 from framework.data.shards import LATENT_SCHEMA, SampleInfo, Schema
 
 DEGREES = [1, 2, 3, 4, 5, 8]
@@ -42,7 +42,7 @@ MIXED = [stream("a", [5, 9] * 7, weight=3.0), stream("b", [5] * 10, weight=1.0)]
 
 
 def ranks(config_: DataConfig, streams: list[Stream], dp: int, seed: int = 0) -> list[Schedule]:
-    return [Schedule(config_, streams, seed=seed, dp=dp, dp_index=i) for i in range(dp)]
+    return [Schedule(config_, streams, seed=seed, places=[Place(i, dp)] * 2) for i in range(dp)]
 
 
 def members(micro_batches: tuple[MicroBatch, ...]) -> list[Slot]:
@@ -53,7 +53,7 @@ def members(micro_batches: tuple[MicroBatch, ...]) -> list[Slot]:
 @pytest.mark.parametrize("dp", DEGREES)
 def test_every_mesh_deals_the_same_slots_evenly(dp: int, micro_batch: int) -> None:
     data = config(global_batch=7, micro_batch=micro_batch, lengths=(5, 9), weights=(2.0, 1.0))
-    reference = Schedule(data, MIXED, seed=0, dp=1, dp_index=0)
+    reference = Schedule(data, MIXED, seed=0, places=[Place(0, 1)] * 2)
     for step in (0, 1, 29, 100_000):
         works = [schedule[step] for schedule in ranks(data, MIXED, dp)]
         dealt = [slot for work in works for slot in members(work.micro_batches)]
@@ -68,10 +68,10 @@ def test_every_mesh_deals_the_same_slots_evenly(dp: int, micro_batch: int) -> No
 
 def test_deal_by_hand() -> None:
     slots = [Slot(i, 0, 0, i, str(i), str(i)) for i in range(7)]
-    first, second = (cut(0, share(slots, 2, index), 3) for index in (0, 1))
+    first, second = (cut(0, share(slots, Place(index, 2)), 3) for index in (0, 1))
     assert [[slot and slot.position for slot in m.slots] for m in first] == [[0, 2, 4], [6]]
     assert [[slot and slot.position for slot in m.slots] for m in second] == [[1, 3, 5], [None]]
-    assert cut(0, share([], 2, 0), 3) == []
+    assert cut(0, share([], Place(0, 2)), 3) == []
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_deal_by_hand() -> None:
 )
 def test_the_waste_by_hand(global_batch: int, dp: int, micro_batch: int, empty: float) -> None:
     data = config(global_batch=global_batch, micro_batch=micro_batch)
-    assert Schedule(data, MIXED, seed=0, dp=dp, dp_index=0).waste() == pytest.approx(empty, abs=1e-12)
+    assert Schedule(data, MIXED, seed=0, places=[Place(0, dp)] * 2).waste() == pytest.approx(empty, abs=1e-12)
 
 
 def test_the_waste_of_two_buckets_counts_both() -> None:
     """Two buckets by half, two slots a step, two ranks: whether they fall on one bucket or on two decides."""
     data = config(global_batch=2, lengths=(5, 9))
-    schedule = Schedule(data, MIXED, seed=0, dp=2, dp_index=0)
+    schedule = Schedule(data, MIXED, seed=0, places=[Place(0, 2)] * 2)
     split = [len({slot.bucket for slot in schedule.slots(step)}) for step in range(64)]
     assert set(split) == {1, 2}
     assert schedule.waste() == pytest.approx(1 - 64 * 2 / sum(2 * n for n in split))
@@ -101,7 +101,7 @@ def test_the_waste_of_two_buckets_counts_both() -> None:
 
 def test_no_sample_is_lost_or_repeated_over_steps() -> None:
     """One stream of 10 samples, 4 a step, over 5 steps: two epochs, the second starting inside a step."""
-    schedule = Schedule(config(global_batch=4), [MIXED[1]], seed=3, dp=1, dp_index=0)
+    schedule = Schedule(config(global_batch=4), [MIXED[1]], seed=3, places=[Place(0, 1)] * 2)
     drawn = [slot for step in range(5) for slot in schedule.slots(step)]
     assert [Counter(slot.uid for slot in part) for part in (drawn[:10], drawn[10:])] == [
         Counter(f"b{i}" for i in range(10))
@@ -111,7 +111,7 @@ def test_no_sample_is_lost_or_repeated_over_steps() -> None:
 
 def test_streams_keep_their_shares_and_buckets_their_samples() -> None:
     data = config(global_batch=50, lengths=(5, 9), weights=(4.0, 1.0))
-    schedule = Schedule(data, MIXED, seed=0, dp=1, dp_index=0)
+    schedule = Schedule(data, MIXED, seed=0, places=[Place(0, 1)] * 2)
     drawn = [slot for step in range(40) for slot in schedule.slots(step)]
     buckets, sources = Counter(s.bucket for s in drawn), Counter(s.stream for s in drawn if s.bucket == 0)
     assert abs(buckets[0] / 2000 - 0.8) < 0.005 and abs(sources[0] / buckets[0] - 0.75) < 0.01
@@ -123,14 +123,14 @@ def test_streams_keep_their_shares_and_buckets_their_samples() -> None:
 
 def test_the_seed_decides() -> None:
     data = config(global_batch=8, lengths=(5, 9))
-    one, same, other = (Schedule(data, MIXED, seed=seed, dp=1, dp_index=0).slots(3) for seed in (1, 1, 2))
+    one, same, other = (Schedule(data, MIXED, seed=seed, places=[Place(0, 1)] * 2).slots(3) for seed in (1, 1, 2))
     assert one == same and one != other
 
 
 def test_draws_are_unique_within_a_step() -> None:
     """Noise is keyed by the draw: a clip that fits two buckets, both in their first epoch, is two draws."""
     videos = [stream("v", [9] * 4, schema="cuboid.video/1")]
-    schedule = Schedule(config(global_batch=8, lengths=(5, 9)), videos, seed=0, dp=1, dp_index=0)
+    schedule = Schedule(config(global_batch=8, lengths=(5, 9)), videos, seed=0, places=[Place(0, 1)] * 2)
     for step in range(4):
         draws = [slot.draw for slot in schedule.slots(step)]
         assert len(set(draws)) == len(draws)

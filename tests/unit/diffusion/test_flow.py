@@ -108,7 +108,7 @@ def test_keyed_noise_is_standard_normal() -> None:
 
 def make_tokens(target: Tensor, weights: list[float], valid: tuple[int, ...], index: int = 0) -> Tokens:
     empty = torch.zeros(0)
-    return Tokens(empty, target, empty, empty, empty, torch.tensor(weights), TokenLayout(valid, index))
+    return Tokens(empty, target, empty, empty, empty, torch.tensor(weights), TokenLayout(valid, index, lone_mesh()))
 
 
 PREDICTION = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]], [[0.0, 0.0], [1.0, 1.0], [7.0, 7.0]]])
