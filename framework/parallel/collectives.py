@@ -51,20 +51,20 @@ def all_gather_tokens(x_bsd: Tensor, group: Group, purpose: str) -> Tensor:
     """Every rank's tokens in rank order: `B s D` -> `B (n s) D`."""
     if group.size == 1:
         return x_bsd
-    parts_nbsd = x_bsd.new_empty((group.size, *x_bsd.shape))
+    parts = x_bsd.new_empty((group.size * x_bsd.shape[0], *x_bsd.shape[1:]))
     group.traffic.count(purpose, (group.size - 1) * num_bytes(x_bsd))
-    dist.all_gather_into_tensor(parts_nbsd, x_bsd.contiguous(), group=group.process_group)
-    return rearrange(parts_nbsd, "n b s d -> b (n s) d")
+    dist.all_gather_into_tensor(parts, x_bsd.contiguous(), group=group.process_group)
+    return rearrange(parts, "(n b) s d -> b (n s) d", n=group.size)
 
 
 def reduce_scatter_tokens(x_bsd: Tensor, group: Group, purpose: str) -> Tensor:
     """This rank's tokens of the sum over the group: `B (n s) D` -> `B s D`."""
     if group.size == 1:
         return x_bsd
-    parts_nbsd = rearrange(x_bsd, "b (n s) d -> n b s d", n=group.size).contiguous()
-    out_bsd = parts_nbsd.new_empty(parts_nbsd.shape[1:])
+    parts = rearrange(x_bsd, "b (n s) d -> (n b) s d", n=group.size).contiguous()
+    out_bsd = parts.new_empty((x_bsd.shape[0], *parts.shape[1:]))
     group.traffic.count(purpose, (group.size - 1) * num_bytes(x_bsd) // group.size)
-    dist.reduce_scatter_tensor(out_bsd, parts_nbsd.flatten(0, 1), group=group.process_group)
+    dist.reduce_scatter_tensor(out_bsd, parts, group=group.process_group)
     return out_bsd
 
 

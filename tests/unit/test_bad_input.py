@@ -60,7 +60,7 @@ def refused(*words: str, folder: Path, environment: dict[str, str] | None = None
     ("words", "parts"),
     [
         (["mesh.dp=0"], ["mesh.dp=0 must be at least 1"]),
-        (["mesh.tp=2"], ["mesh.tp=2: not yet", "set mesh.tp=1"]),
+        (["mesh.tp=5"], ["mesh.tp=5 must divide the model", "use one of 1, "]),
         (["mesh.dp=two"], ["mesh.dp", "'two'", "int"]),
         (["zero.stage=4"], ["zero.stage=4", "1, 2 and 3"]),
         (["data.streams=[]"], ["data.streams is empty", "name at least one"]),

@@ -182,7 +182,7 @@ def test_a_wrong_type_names_the_key_and_the_value(word: str, key: str, value: st
     ("word", "key"),
     [
         ("mesh.dp=0", "mesh.dp=0"),
-        ("mesh.tp=2", "mesh.tp=2: not yet"),
+        ("mesh.tp=5", "mesh.tp=5 must divide the model"),
         ("zero.stage=4", "zero.stage=4"),
         ("data.streams=[]", "data.streams is empty"),
         ("data.buckets=[]", "data.buckets is empty"),

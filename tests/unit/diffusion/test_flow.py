@@ -12,6 +12,7 @@ from framework.diffusion.config import FixedShiftConfig, FlowConfig, LossConfig,
 from framework.diffusion.flow import Flow, keyed_noise
 from framework.keys import key
 from framework.models.patchify import patchify
+from framework.parallel.mesh import lone_mesh
 from framework.shapes import ClipShape, LatentShape
 
 SEED, STEP, K = 11, 7, 3.0
@@ -33,6 +34,7 @@ def make_batch(draws: Sequence[str], positions: Sequence[int] | None = None) -> 
         uids=tuple(draws),
         draws=tuple(draws),
         positions=tuple(positions if positions is not None else range(len(draws))),
+        bucket=0,
         clip=ClipShape(13, 16, 48),
         latent=LATENT,
     )

@@ -1,0 +1,249 @@
+"""Model cells of the parity matrix: the transformer on a mesh against the same transformer on one device, in float64.
+
+No engine takes part: gradients are summed over the zero group by one all-reduce a tensor, and put together over tp by
+the shards that `parallelize` names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from framework.batch import Noised, Tokens
+from framework.environment import Environment
+from framework.kernels.aten import AtenAttention
+from framework.kernels.reference import ReferenceAttention
+from framework.models.config import ExecutionConfig, ModelConfig
+from framework.models.dit import DiT
+from framework.models.parallelize import parallelize
+from framework.models.patchify import patchify
+from framework.parallel.collectives import gather_objects
+from framework.parallel.config import MeshShape
+from framework.parallel.context_parallel.tokens import split_tokens
+from framework.parallel.fragments import Fragment, ParameterShard
+from framework.parallel.mesh import Mesh, build_mesh
+from framework.parallel.zero.deepspeed import materialise
+
+MODEL = ModelConfig(
+    num_attention_heads=6,
+    attention_head_dim=6,
+    in_channels=3,
+    out_channels=2,
+    text_dim=7,
+    freq_dim=8,
+    ffn_dim=50,
+    num_layers=2,
+)
+IMAGE = replace(MODEL, image_dim=5, added_kv_proj_dim=36, in_channels=4)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell. latent: frames, rows, columns of patches. samples: over all dp ranks; 0 of them on some if fewer."""
+
+    mesh: MeshShape
+    latent: tuple[int, int, int] = (2, 2, 3)
+    samples: int = 2
+    recompute: Literal["none", "all", "keep_attention"] = "none"
+    image: bool = False
+    micro: int = 1
+    split: tuple[int, int] | None = None
+    reference_kernel: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        t, h, w = self.latent
+        return t * h * w
+
+    def __str__(self) -> str:
+        words = [f"dp{self.mesh.dp}r{self.mesh.ring}u{self.mesh.ulysses}tp{self.mesh.tp}", f"{self.num_tokens}tokens"]
+        words += [self.recompute] if self.recompute != "none" else []
+        words += ["image"] if self.image else []
+        words += [f"micro{self.micro}"] if self.micro > 1 else []
+        words += [f"split{self.split[0]}x{self.split[1]}"] if self.split else []
+        return "-".join(words)
+
+
+@dataclass(frozen=True)
+class CellError:
+    """Worst relative errors (max|a-b| / max|b|) of the loss and of a gradient, and the gradient's tensor."""
+
+    loss: float
+    gradient: float
+    name: str
+    traffic: dict[str, dict[str, tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The samples of a cell, all of them: tokens, text and its mask, image tokens."""
+
+    tokens: Tokens
+    text: Tensor
+    mask: Tensor
+    image: Tensor | None
+
+
+def inputs_of(cell: Cell, config: ModelConfig) -> Inputs:
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    t, h, w = cell.latent
+    count = cell.samples
+    noised = Noised(
+        latents=draw(count, config.in_channels, t, 2 * h, 2 * w),
+        target=draw(count, config.out_channels, t, 2 * h, 2 * w),
+        timesteps=torch.rand((count, t), generator=generator, dtype=torch.float64) * 1000,
+        weights=torch.rand(count, generator=generator, dtype=torch.float64) + 0.5,
+    )
+    mask = torch.arange(5) < torch.tensor([3, 5, 1, 4, 2, 5, 0, 3])[:count, None]
+    image = draw(count, 3, 5) if cell.image else None
+    return Inputs(patchify(noised, config.patch_size), draw(count, 5, 7), mask, image)
+
+
+def serial(cell: Cell, config: ModelConfig) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+    """Loss, gradients and weights on one device, by the plain kernel."""
+    model = DiT(config, ReferenceAttention()).double()
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        base = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data.copy_(base + values * 0.3)
+    inputs = inputs_of(cell, config)
+    losses = sample_losses(run(model, inputs.tokens, inputs, slice(None)), inputs.tokens, slice(None))
+    loss = losses.sum() / cell.samples
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), gradients, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def run(model: DiT, tokens: Tokens, inputs: Inputs, rows: slice) -> Tensor:
+    image = None if inputs.image is None else inputs.image[rows]
+    return model(
+        tokens.patches,
+        tokens.positions,
+        tokens.frame_index,
+        tokens.timesteps,
+        inputs.text[rows],
+        layout=tokens.layout,
+        text_mask_bl=inputs.mask[rows],
+        image_bnd=image,
+    )
+
+
+def sample_losses(prediction: Tensor, tokens: Tokens, rows: slice) -> Tensor:
+    """Each sample's weighted mean squared error over its real tokens, as far as they are here."""
+    assert tokens.target is not None
+    valid = tokens.layout.num_valid
+    error = (prediction[:, :valid] - tokens.target[:, :valid]).square().sum(dim=(1, 2))
+    return error * tokens.weights / (sum(tokens.layout.valid) * prediction.shape[2])
+
+
+def rows_of(tokens: Tokens, rows: slice) -> Tokens:
+    return replace(
+        tokens,
+        patches=tokens.patches[rows],
+        target=None if tokens.target is None else tokens.target[rows],
+        positions=tokens.positions[rows],
+        frame_index=tokens.frame_index[rows],
+        timesteps=tokens.timesteps[rows],
+        weights=tokens.weights[rows],
+    )
+
+
+def fill(model: DiT, shards: list[ParameterShard], weights: dict[str, Tensor]) -> None:
+    """Materialise what this rank holds of the weights."""
+    for module in model.modules():
+        materialise(module, torch.device("cpu"), torch.float64)
+    for shard, (name, parameter) in zip(shards, model.named_parameters(), strict=True):
+        assert shard.name == name and tuple(parameter.shape) == shard.shape
+        Fragment("model", shard, 0, parameter.data.view(-1)).copy_from(weights[name])
+
+
+def parallel(
+    cell: Cell, config: ModelConfig, mesh: Mesh, weights: dict[str, Tensor], change: Callable[[], None] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's loss and gradients, summed over zero but not yet put together over tp."""
+    with torch.device("meta"):
+        model = DiT(config, ReferenceAttention() if cell.reference_kernel else AtenAttention())
+    shards = parallelize(model, mesh, ExecutionConfig(recompute=cell.recompute))
+    fill(model, shards, weights)
+    here = mesh if cell.split is None else mesh.split(*cell.split)
+    inputs = inputs_of(cell, config)
+    total = torch.zeros((), dtype=torch.float64)
+    per_replica = -(-cell.samples // here.dp.size)
+    size = -(-per_replica // cell.micro)
+    for first in range(0, per_replica, size):
+        start = here.dp.index * per_replica + first
+        rows = slice(start, min(start + size, (here.dp.index + 1) * per_replica, cell.samples))
+        empty = rows.start >= rows.stop
+        if empty:  # an empty slot: it is computed and weighs nothing
+            rows = slice(0, 1)
+        tokens = split_tokens(rows_of(inputs.tokens, rows), here)
+        loss = sample_losses(run(model, tokens, inputs, rows), tokens, rows).sum() / cell.samples
+        loss = loss * 0 if empty else loss
+        loss.backward()
+        total += loss.detach()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        dist.all_reduce(gradient, group=mesh.zero.process_group)
+        gradients[name] = gradient
+    return total, {shard.name: gradients[shard.name] for shard in shards}
+
+
+def assemble(gradients: dict[str, Tensor], shards: list[ParameterShard], mesh: Mesh) -> dict[str, Tensor]:
+    """Whole gradients from the tp group's parts."""
+    everyone = gather_objects([(shard, gradients[shard.name]) for shard in shards], mesh.tp)
+    whole = {}
+    for parts in zip(*everyone, strict=True):
+        shard = parts[0][0]
+        full = torch.full(shard.global_shape, torch.nan, dtype=torch.float64)
+        for part, values in parts:
+            index = tuple(slice(o, o + s) for o, s in zip(part.offset, part.shape, strict=True))
+            agree = full[index].isnan().all() or torch.allclose(full[index], values, rtol=1e-12, atol=1e-14)
+            full[index] = values if agree else torch.inf  # replicated, and not alike on all ranks of tp
+        whole[shard.name] = full
+    return whole
+
+
+def run_cell(cell: Cell, rank: int) -> CellError:
+    """A cell on this rank; every rank returns its own comparison."""
+    config = IMAGE if cell.image else MODEL
+    mesh = build_mesh(cell.mesh, rank, [] if cell.split is None else [cell.split])
+    loss, reference, weights = serial(cell, config)
+    with torch.device("meta"):
+        shards = parallelize(DiT(config, AtenAttention()), mesh, ExecutionConfig())
+    total, gradients = parallel(cell, config, mesh, weights)
+    dist.all_reduce(total)
+    whole = assemble(gradients, shards, mesh)
+    errors = {name: relative(whole[name], reference.get(name)) for name in whole}
+    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    return CellError(abs(float(total) - loss) / abs(loss), errors[worst], worst, traffic_of(mesh))
+
+
+def relative(got: Tensor, reference: Tensor | None) -> float:
+    if reference is None:
+        return float(got.abs().max())
+    return float((got - reference).abs().max() / reference.abs().max().clamp_min(1e-300))
+
+
+def traffic_of(mesh: Mesh) -> dict[str, dict[str, tuple[int, int]]]:
+    """group -> purpose -> (calls, bytes), of the mesh and its splits."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for each in (mesh, *mesh.splits.values()):
+        for group in each.groups():
+            for purpose, calls in group.traffic.calls.items():
+                found.setdefault(group.name, {})[purpose] = (calls, group.traffic.num_bytes[purpose])
+    return found
+
+
+def run_cells(env: Environment, cells: list[Cell]) -> list[CellError]:
+    """All cells of one world size, one after the other."""
+    dist.init_process_group("gloo", rank=env.rank, world_size=env.world_size)
+    return [run_cell(cell, env.rank) for cell in cells]
