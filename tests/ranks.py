@@ -24,6 +24,7 @@ from framework.data.loader import Loader
 from framework.data.schedule import Schedule
 from framework.environment import Environment
 from framework.models.patchify import patchify
+from framework.parallel.collectives import gather_fragments
 from framework.programs import build
 from framework.programs import train as program
 from framework.recipe import Recipe, load_recipe, resolve_auto
@@ -112,14 +113,14 @@ def first_step(env: Environment, recipe_path: Path, overrides: list[str], step: 
         loss = flow.loss_sum(engine(tokens, batch.condition), tokens)
         engine.backward(loss, global_count=count, last=index + 1 == work.num_micro)
         loss_sum += float(loss.detach())
-    gradients = dict(engine.gradients())
+    gradients = gather_fragments(engine.gradients(), mesh.control)
     stats = engine.step(lr=0.0)
     total = torch.tensor(loss_sum, dtype=torch.float64)
     torch.distributed.all_reduce(total)
     loader.close()
     return FirstStep(
         samples,
-        {k: g.numpy() for k, g in gradients.items()} if env.is_first else {},
+        {k: g.numpy() for k, g in gradients.items()},
         float(total) / count,
         stats.grad_norm,
     )
