@@ -24,7 +24,7 @@ from framework.kernels.config import AttentionConfig, resolve_attention
 from framework.layers import Tree, apply_overrides, read_layers
 from framework.models.config import ExecutionConfig, ModelConfig
 from framework.parallel.config import MeshConfig
-from framework.parallel.zero.config import PrecisionConfig, ZeroConfig
+from framework.parallel.zero.config import PrecisionConfig, ZeroConfig, check_engine
 from framework.shapes import TokenShape, latent_shape, token_shape
 from framework.text.config import TextConfig, text_width
 from framework.tokenizer.config import TokenizerConfig, tokenizer_channels, tokenizer_strides
@@ -229,6 +229,7 @@ def check_recipe(recipe: Recipe) -> None:
             f"the text encoder {recipe.text.name!r} is {width} wide, the model's text_dim {model.text_dim}: "
             f"set model.text_dim={width}"
         )
+    check_engine(recipe.zero, recipe.precision)
     check_degrees(recipe)
 
 

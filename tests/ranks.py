@@ -23,6 +23,7 @@ from framework.checkpoint import store
 from framework.data.loader import Loader
 from framework.environment import Environment
 from framework.models.patchify import patchify
+from framework.parallel.collectives import gather_fragments
 from framework.parallel.context_parallel.tokens import split_tokens
 from framework.programs import build
 from framework.programs import train as program
@@ -113,14 +114,14 @@ def first_step(env: Environment, recipe_path: Path, overrides: list[str], step: 
         loss = flow.loss_sum(engine(tokens, batch.condition), tokens)
         engine.backward(loss, global_count=count, last=index + 1 == work.num_micro)
         loss_sum += float(loss.detach())
-    gradients = dict(engine.gradients())
+    gradients = gather_fragments(engine.gradients(), mesh.control)
     stats = engine.step(lr=0.0)
     total = torch.tensor(loss_sum, dtype=torch.float64)
     torch.distributed.all_reduce(total)
     loader.close()
     return FirstStep(
         samples,
-        {k: g.numpy() for k, g in gradients.items()} if env.is_first else {},
+        {k: g.numpy() for k, g in gradients.items()},
         float(total) / count,
         stats.grad_norm,
     )

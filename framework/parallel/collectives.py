@@ -12,6 +12,7 @@ of their sum, and so a backward is the transpose of its forward:
 In a group of one rank they return their tensor as it is, and count nothing.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
+from framework.parallel.fragments import Fragment
 from framework.parallel.mesh import Group
 
 T = TypeVar("T")
@@ -171,3 +173,28 @@ def gather_objects(value: T, group: Group) -> list[T]:
 def barrier(group: Group) -> None:
     """Wait for every member."""
     dist.barrier(group=group.process_group)
+
+
+def gather_fragments(fragments: list[Fragment], group: Group) -> dict[str, Tensor]:
+    """Fragments of one state -> whole tensors by name on the group's first rank, on the CPU; nothing on the others.
+
+    For verification: the first rank holds the whole state. Every element must be there exactly once.
+    """
+    held = [
+        (f.shard.name, f.shard.global_shape, o, v.cpu())
+        for f in fragments
+        if f.shard.owner
+        for o, v in f.global_boxes()
+    ]
+    parts: list[list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]] | None = [[]] * group.size
+    parts = parts if group.index == 0 else None
+    dist.gather_object(held, parts, dst=group.ranks[0], group=group.process_group)
+    full: dict[str, Tensor] = {}
+    seen: Counter[str] = Counter()
+    for name, shape, offset, values in (part for held in parts or [] for part in held):
+        tensor = full.setdefault(name, values.new_zeros(shape))
+        tensor[tuple(slice(o, o + s) for o, s in zip(offset, values.shape, strict=True))] = values
+        seen[name] += values.numel()
+    wrong = {name: seen[name] for name, tensor in full.items() if seen[name] != tensor.numel()}
+    assert not wrong, f"elements that are missing or there twice: {wrong}"
+    return full

@@ -151,3 +151,22 @@ def lone_mesh() -> Mesh:
     """The mesh of one process without torch.distributed: every group is this rank alone."""
     groups = {name: Group(name, (0,), 0, None) for name in (*GROUP_AXES, "control")}
     return Mesh(shape=MeshShape(1, 1, 1, 1), rank=0, splits={}, **groups)
+
+
+def cut_zero_group(mesh: Mesh, size: int) -> tuple[Group, Group]:
+    """The zero group cut into runs of `size` neighbours: (this rank's run, the ranks of its place in every run).
+
+    ZeRO partitions inside a run and keeps one replica in each. Collective over the world.
+    """
+    inside, across = [], []
+    for ranks in group_ranks(mesh.shape, GROUP_AXES["zero"]):
+        inside += [ranks[start : start + size] for start in range(0, len(ranks), size)]
+        across += [ranks[index::size] for index in range(size)]
+    found = {}
+    for name, places in (("partition", inside), ("replicate", across)):
+        for ranks in places:
+            # Made or not on every rank alike: the whole zero group is there already, on its members.
+            process_group = mesh.zero.process_group if len(ranks) == mesh.zero.size else new_group(ranks)
+            if mesh.rank in ranks:
+                found[name] = Group(name, ranks, ranks.index(mesh.rank), process_group)
+    return found["partition"], found["replicate"]

@@ -125,13 +125,16 @@ def build_model(recipe: Recipe, mesh: Mesh) -> tuple[nn.Module, list[ParameterSh
 
 def build_engine(recipe: Recipe, model: nn.Module, shards: list[ParameterShard], mesh: Mesh) -> Engine:
     """The ZeRO engine that the recipe names."""
-    match recipe.zero.engine:
+    zero, precision, optimizer = recipe.zero, recipe.precision, recipe.optimizer
+    match zero.engine:
         case "deepspeed":
             from framework.parallel.zero.deepspeed import build_deepspeed
 
-            return build_deepspeed(
-                model, shards, mesh, zero=recipe.zero, precision=recipe.precision, optimizer=recipe.optimizer
-            )
+            return build_deepspeed(model, shards, mesh, zero=zero, precision=precision, optimizer=optimizer)
+        case "fsdp2":
+            from framework.parallel.zero.fsdp2 import build_fsdp2
+
+            return build_fsdp2(model, shards, mesh, zero=zero, precision=precision, optimizer=optimizer)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from framework.kernels.attention import build_attention
 from framework.models.dit import DiT
 from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import lone_mesh
+from framework.parallel.zero.engine import predict
 from framework.programs import build
 from framework.programs.generate import Generator
 from framework.recipe import Recipe
@@ -41,16 +42,7 @@ class LocalModel:
         self._dtype = next(model.parameters()).dtype
 
     def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
-        return self._model(
-            tokens.patches.to(self._dtype),
-            tokens.positions,
-            tokens.frame_index,
-            tokens.timesteps,
-            condition.text.to(self._dtype),
-            layout=tokens.layout,
-            text_mask_bl=condition.text_mask,
-            image_bnd=condition.image,
-        )
+        return predict(self._model, tokens, condition, self._dtype)
 
 
 def sample(path: Path, request: SampleRequest) -> str:

@@ -14,22 +14,20 @@ that a round trip through `fragments` is exact. What DeepSpeed is told, and why:
 
 import io
 import logging
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from framework.batch import Condition, Tokens
 from framework.optim import adamw
 from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import Group, Mesh
-from framework.parallel.zero.config import PrecisionConfig, ZeroConfig
-from framework.parallel.zero.engine import StepStats
+from framework.parallel.zero.config import PrecisionConfig, ZeroConfig, check_engine
+from framework.parallel.zero.engine import StepStats, predict
 from framework.recipe import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -97,17 +95,7 @@ class DeepSpeedEngine:
         self._pieces = [piece for piece in found if piece is not None]
 
     def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
-        image = None if condition.image is None else condition.image.to(self._dtype)
-        return self._engine(
-            tokens.patches.to(self._dtype),
-            tokens.positions,
-            tokens.frame_index,
-            tokens.timesteps,
-            condition.text.to(self._dtype),
-            layout=tokens.layout,
-            text_mask_bl=condition.text_mask,
-            image_bnd=image,
-        )
+        return predict(self._engine, tokens, condition, self._dtype)
 
     def backward(self, loss_sum: Tensor, *, global_count: float, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -147,12 +135,16 @@ class DeepSpeedEngine:
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._engine.module.named_parameters():
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            gradient = safe_get_full_grad(parameter)
-            assert gradient is not None, f"{name} has no gradient"
-            yield name, gradient.reshape(shape)
+    def gradients(self) -> list[Fragment]:
+        if self._engine.zero_optimization_stage() == 3:
+            by_name = dict(self._engine.module.named_parameters())
+            gradient = self._engine.optimizer.get_local_fp32_grad_for_param
+            views = [gradient(by_name[piece.shard.name]).view(-1)[: piece.num_elements] for piece in self._pieces]
+        else:
+            flats = [self._flat_gradient(group) for group in range(len(self._flat_masters()))]
+            views = [flats[piece.group].narrow(0, piece.offset, piece.num_elements) for piece in self._pieces]
+        pairs = zip(self._pieces, views, strict=True)
+        return [Fragment("grad", piece.shard, piece.start, view.detach()) for piece, view in pairs]
 
     def destroy(self) -> None:
         self._engine.destroy()
@@ -166,6 +158,17 @@ class DeepSpeedEngine:
         else:
             flats = optimizer.single_partition_of_fp32_groups
         return flats
+
+    def _flat_gradient(self, group: int) -> Tensor:
+        """The reduced gradient of a flat buffer of stages 1 and 2, in the buffer's layout."""
+        optimizer = self._engine.optimizer
+        if isinstance(optimizer, BF16_Optimizer):
+            flat: Tensor = optimizer.fp32_groups_gradient_flat_partition[group]
+        elif optimizer.cpu_offload:
+            flat = optimizer.single_partition_of_fp32_groups[group].grad
+        else:
+            flat = torch.cat([part.view(-1) for part in optimizer.averaged_gradients[group]])
+        return flat
 
     def _moments(self, group: int) -> dict[str, Tensor]:
         """The optimizer's state of a flat buffer, made before its first step where need be."""
@@ -206,6 +209,7 @@ def build_deepspeed(
 
     In stage 3 every module is materialised and partitioned by itself, so that no rank ever holds the whole model.
     """
+    check_engine(zero, precision)
     quiet()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     config = deepspeed_config(zero, precision, optimizer)
@@ -249,7 +253,9 @@ def deepspeed_config(zero: ZeroConfig, precision: PrecisionConfig, optimizer: Op
         "gradient_clipping": optimizer.clip,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 62,
-        "communication_data_type": "fp32",
+        "communication_data_type": "bf16" if precision.of("").reduce == "bfloat16" else "fp32",
+        # Offloaded, AdamW is torch's too: one optimizer, the same step. DeepSpeed's own is compiled at first use.
+        "zero_force_ds_cpu_optimizer": False,
         "data_types": {"grad_accum_dtype": "fp32"},
         # check_grad_overflow: without it stages 1 and 2 apply a NaN update in bf16 (in fp32 the norm alone is judged).
         "bf16": {"enabled": half, "check_grad_overflow": half},
@@ -262,6 +268,7 @@ def deepspeed_config(zero: ZeroConfig, precision: PrecisionConfig, optimizer: Op
             "allgather_bucket_size": zero.bucket_size,
             "stage3_prefetch_bucket_size": zero.bucket_size,
             "stage3_param_persistence_threshold": zero.persistence,
+            "offload_optimizer": {"device": "cpu" if zero.offload == "optimizer" else "none"},
         },
     }
 

@@ -4,11 +4,11 @@ The gradient is d(global mean loss)/d(global tensor). Engines average over the z
 scales the local sum by  size(zero) / global_count,  once, here and nowhere else.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from framework.batch import Condition, Tokens
 from framework.parallel.fragments import Fragment
@@ -40,7 +40,7 @@ class Engine(Protocol):
         ...
 
     def fragments(self) -> list[Fragment]:
-        """Live views of the fp32 master weights and the two moments, as far as this rank holds them."""
+        """Live views of the master weights and the two moments, as far as this rank holds them."""
         ...
 
     def refresh(self, *, updates: int | None = None) -> None:
@@ -50,11 +50,28 @@ class Engine(Protocol):
         """
         ...
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and full reduced gradient of every parameter between the last backward and the step: for verification,
-        one tensor at a time. A collective."""
+    def gradients(self) -> list[Fragment]:
+        """What this rank holds of the reduced gradient, state "grad", between the last backward and the step. No
+        collective; views or copies, to be read only.
+        """
         ...
 
     def destroy(self) -> None:
         """Remove hooks and buffers, so that another engine can follow in the same process."""
         ...
+
+
+def predict(module: nn.Module, tokens: Tokens, condition: Condition, dtype: torch.dtype) -> Tensor:
+    """Call a model as engines do: floating-point inputs in its computing dtype, timesteps and positions as they are."""
+    image = None if condition.image is None else condition.image.to(dtype)
+    prediction: Tensor = module(
+        tokens.patches.to(dtype),
+        tokens.positions,
+        tokens.frame_index,
+        tokens.timesteps,
+        condition.text.to(dtype),
+        layout=tokens.layout,
+        text_mask_bl=condition.text_mask,
+        image_bnd=image,
+    )
+    return prediction
