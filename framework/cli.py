@@ -5,6 +5,7 @@ Exit status: 0 done; 1 failed; 2 the user's mistake, with one message; 128 + n s
 
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Annotated, Literal
@@ -112,6 +113,64 @@ def sample(
         raise ValueError(f"--steps {steps} must be at least 1")
     chosen: Literal["ema", "raw"] = "ema" if weights == "ema" else "raw"
     log.line(run_sample(run, SampleRequest(prompt, out, seed, chosen, steps, guidance)))
+
+
+@app.command()
+def verify(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
+    overrides: Overrides = None,
+    *,
+    mesh: Annotated[list[str] | None, typer.Option(help="Mesh to run on, e.g. tp=2,ulysses=2,stage=3.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; 0 compares the first gradient only.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float32",
+    shrink: Annotated[bool, typer.Option(help="The smallest model with the same heads and remainders.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run a recipe on several meshes and compare samples, losses, gradients and weights with the first one."""
+    from framework.launch.verify import Dtype, build_variants, judge, report, run_here
+
+    dtypes: dict[str, Dtype] = {"float64": "float64", "float32": "float32", "bfloat16": "bfloat16"}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype {dtype} must be one of {', '.join(dtypes)}")
+    if steps < 0:
+        raise ValueError(f"--steps {steps} must be at least 0")
+    meshes, steps = mesh or [], 0 if dtype == "float64" else steps
+    with tempfile.TemporaryDirectory(prefix="cuboid-verify-") as name:
+        folder = Path(name)
+        if shrink:
+            from framework.launch.shrink import shrink_recipe
+
+            recipe, overrides = shrink_recipe(recipe, overrides or [], meshes, folder), []
+        variants = build_variants(recipe, overrides or [], meshes, dtypes[dtype])
+        env = read_environment()
+        if env is None:
+            found = run_here(variants, folder, steps=steps)
+        else:
+            from framework.programs.verify import observe_all
+
+            found = observe_all([variant.recipe for variant in variants], env, steps=steps)
+    if env is None or env.is_first:
+        rows = judge(meshes, found, dtypes[dtype])
+        report(rows, found[0], dtype=dtypes[dtype], as_json=json)
+        if not all(row.agrees for row in rows):
+            raise typer.Exit(1)
+
+
+@app.command(hidden=True)
+def observe(
+    recipe: Annotated[Path, typer.Argument()],
+    out: Annotated[Path, typer.Option()],
+    steps: Annotated[int, typer.Option()] = 8,
+) -> None:
+    """One mesh of `verify`, on one of its ranks."""
+    env = read_environment()
+    if env is None:
+        raise ValueError("`cuboid observe` is started by `cuboid verify`")
+    from framework.programs.verify import observe as run_observe
+
+    observation = run_observe(load_recipe(recipe, []), env, steps=steps)
+    if observation is not None:
+        observation.save(out)
 
 
 def launch(recipe: Recipe, arguments: list[str]) -> None:

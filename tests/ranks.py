@@ -22,10 +22,11 @@ import framework.parallel.zero.deepspeed  # noqa: F401
 from framework.checkpoint import store
 from framework.data.loader import Loader
 from framework.environment import Environment
+from framework.evaluate.agreement import Observation
 from framework.models.patchify import patchify
 from framework.parallel.collectives import gather_fragments
 from framework.parallel.context_parallel.tokens import split_tokens
-from framework.programs import build
+from framework.programs import build, verify
 from framework.programs import train as program
 from framework.recipe import Recipe, load_recipe, resolve_auto
 from framework.run import Verdict, resolve_invocation
@@ -218,3 +219,8 @@ def bad_step(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple
     changed = any(not torch.equal(a, b) for a, b in zip(after_bad, after_good, strict=True))
     finite = all(torch.isfinite(flat).all() for flat in after_good)
     return bad, untouched, not good, changed and finite
+
+
+def observe(env: Environment, recipe: Path, cells: list[tuple[list[str], int]]) -> list[Observation | None]:
+    """What `cuboid verify` observes of (overrides, steps), one after the other in the same ranks."""
+    return [verify.observe(load_recipe(recipe, overrides), env, steps=steps) for overrides, steps in cells]

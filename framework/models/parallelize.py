@@ -23,7 +23,7 @@ from framework.models.config import ExecutionConfig
 from framework.models.dit import Block, DiT
 from framework.parallel.collectives import gather_tokens, sum_gradient
 from framework.parallel.context_parallel.attention import ContextAttention, keep_nothing
-from framework.parallel.fragments import ParameterShard
+from framework.parallel.fragments import ParameterShard, mark_split
 from framework.parallel.mesh import Group, Mesh
 from framework.parallel.tensor_parallel import RowLinear, SplitRMSNorm
 from framework.shapes import even_parts
@@ -148,7 +148,7 @@ def shard_of(
     if place is not None and tp.size > 1:
         dim, start = place
         offset[dim] = start
-        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        mark_split(parameter)
         return ParameterShard(name, whole, tuple(offset), tuple(parameter.shape))
     return ParameterShard(name, whole, tuple(offset), whole, owner=tp.index == 0)
 

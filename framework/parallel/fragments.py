@@ -113,3 +113,15 @@ class Fragment:
         for offset, view in self.global_boxes():
             index = tuple(slice(o, o + s) for o, s in zip(offset, view.shape, strict=True))
             view.copy_(full[index])
+
+
+def mark_split(parameter: Tensor) -> None:
+    """Mark a parameter of which tp ranks hold different parts, by the attribute that DeepSpeed's norm looks for: its
+    squares are summed over tp. Without it the norm is too small, and nothing says so.
+    """
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def is_split(parameter: Tensor) -> bool:
+    """Whether tp ranks hold different parts of a parameter."""
+    return bool(getattr(parameter, "tensor_model_parallel", False))

@@ -61,6 +61,11 @@ def open_mesh(recipe: Recipe, env: Environment) -> Mesh:
     return build_mesh(shape, env.rank, bucket_splits(recipe))
 
 
+def close_mesh() -> None:
+    """Leave the process group, so that another mesh can follow in the same process."""
+    dist.destroy_process_group()
+
+
 def bucket_splits(recipe: Recipe) -> list[tuple[int, int]]:
     """(ring, ulysses) of every bucket."""
     return [bucket_degrees(recipe, index) for index in range(len(recipe.data.buckets))]

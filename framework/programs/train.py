@@ -5,15 +5,16 @@ import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from framework.batch import Batch, Noised, Tokens
 from framework.checkpoint.commit import Progress, newest_checkpoint
 from framework.checkpoint.store import Checkpoints
 from framework.data.loader import Loader
 from framework.data.schedule import Schedule, Work
-from framework.diffusion.flow import Flow
 from framework.ema import Ema
 from framework.environment import Environment, StopFlag
 from framework.log import ProgressReport
@@ -31,6 +32,16 @@ from framework.run import Resolved, Run, RunFailure, Verdict, checkpoints_of
 from framework.shapes import LatentShape, latent_shape
 
 
+class Objective(Protocol):
+    """What the loop needs of the objective (diffusion/flow.py)."""
+
+    def noise(self, batch: Batch, *, step: int) -> Noised: ...
+
+    def loss_sum(self, prediction_bsq: Tensor, tokens: Tokens, /) -> Tensor: ...
+
+    def global_count(self, counts: tuple[int, ...], latents: list[LatentShape], channels: int, /) -> float: ...
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the loop works with. meshes: as each bucket sees the mesh."""
@@ -40,7 +51,7 @@ class Parts:
     meshes: list[Mesh]
     engine: Engine
     ema: Ema
-    flow: Flow
+    flow: Objective
     schedule: Schedule
     loader: Loader
     latents: list[LatentShape]
@@ -75,7 +86,7 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     engine.refresh(updates=progress.updates)
     encoders = build.build_encoders(recipe)
     parts = build_parts(recipe, mesh, engine, ema=ema, encoders=encoders, start=progress.step)
-    observer = Observer(recipe, mesh, run, flow=parts.flow, engine=engine, ema=ema, encoders=encoders)
+    observer = Observer(recipe, mesh, run, flow=build.build_flow(recipe), engine=engine, ema=ema, encoders=encoders)
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
     for text in (*invocation.notes, *start_lines(parts, progress, run)):
         report.say(text)
@@ -162,20 +173,25 @@ def optimizer_step(parts: Parts, work: Work) -> tuple[Tensor, StepStats, tuple[s
     """One step over its micro-batches: this rank's loss sum, the statistics, and of a skipped update the samples that
     may have caused it.
     """
-    loss_sum = torch.zeros((), dtype=torch.float32, device=build.this_device())
-    losses: list[tuple[Tensor, tuple[str, ...]]] = []
+    losses = accumulate(parts, work)
+    stats = parts.engine.step(lr=learning_rate(parts.recipe.optimizer, step=work.step))
+    loss_sum = torch.stack([loss for loss, _ in losses]).sum()
+    if stats.skipped:
+        return loss_sum, stats, suspects_of(losses, parts.mesh)
+    parts.ema.update(step=work.step)
+    return loss_sum, stats, ()
+
+
+def accumulate(parts: Parts, work: Work) -> list[tuple[Tensor, tuple[str, ...]]]:
+    """Forward and backward of a step's micro-batches: each one's loss sum, as far as it is this rank's, and samples."""
+    losses = []
     for index, batch in enumerate(parts.loader.batches(work)):
         noised = parts.flow.noise(batch, step=work.step)
         tokens = split_tokens(patchify(noised, parts.recipe.model.patch_size), parts.meshes[batch.bucket])
         loss = parts.flow.loss_sum(parts.engine(tokens, batch.condition), tokens)
         parts.engine.backward(loss, global_count=parts.global_count(work), last=index + 1 == work.num_micro)
         losses.append((loss.detach(), batch.uids))
-        loss_sum += loss.detach()
-    stats = parts.engine.step(lr=learning_rate(parts.recipe.optimizer, step=work.step))
-    if stats.skipped:
-        return loss_sum, stats, suspects_of(losses, parts.mesh)
-    parts.ema.update(step=work.step)
-    return loss_sum, stats, ()
+    return losses
 
 
 def suspects_of(losses: list[tuple[Tensor, tuple[str, ...]]], mesh: Mesh) -> tuple[str, ...]:

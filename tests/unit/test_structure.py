@@ -31,6 +31,7 @@ DISTRIBUTED: Final = (
     ("checkpoint/*", "ProcessGroup"),
     ("checkpoint/*", "is_initialized"),
     ("programs/build.py", "init_process_group"),
+    ("programs/build.py", "destroy_process_group"),
     ("metrics.py", "Work"),  # a type, imported under TYPE_CHECKING
 )
 ONLY: Final = (

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from framework.batch import Condition, Tokens
 from framework.optim import adamw
-from framework.parallel.fragments import Fragment, ParameterShard
+from framework.parallel.fragments import Fragment, ParameterShard, is_split, mark_split
 from framework.parallel.mesh import Group, Mesh
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig, check_engine
 from framework.parallel.zero.engine import StepStats, predict
@@ -241,7 +241,10 @@ def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.is_meta:
             zeros = torch.zeros(parameter.shape, device=device, dtype=dtype)
-            module.register_parameter(name, nn.Parameter(zeros, requires_grad=parameter.requires_grad))
+            made = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
+            if is_split(parameter):
+                mark_split(made)
+            module.register_parameter(name, made)
 
 
 def deepspeed_config(zero: ZeroConfig, precision: PrecisionConfig, optimizer: OptimizerConfig) -> dict[str, object]:

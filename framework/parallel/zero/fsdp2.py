@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from framework.batch import Condition, Tokens
 from framework.optim import adamw
 from framework.parallel.collectives import all_reduce_sum
-from framework.parallel.fragments import Fragment, ParameterShard
+from framework.parallel.fragments import Fragment, ParameterShard, is_split
 from framework.parallel.mesh import Group, Mesh, cut_zero_group
 from framework.parallel.zero.config import Precision, PrecisionConfig, ZeroConfig, check_engine
 from framework.parallel.zero.engine import StepStats, predict
@@ -167,7 +167,7 @@ def build_fsdp2(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     partition, replicate = cut_zero_group(mesh, zero.partition_size(mesh.zero.size))
     groups = Groups(partition, replicate, mesh.zero, mesh.tp)
-    split = {name for name, p in model.named_parameters() if getattr(p, "tensor_model_parallel", False)}
+    split = {name for name, p in model.named_parameters() if is_split(p)}
     for name, parameter in model.named_parameters():
         assert parameter.is_meta, f"{name} has storage already"
         parameter.data = parameter.data.to(getattr(torch, precision.of(name).parameter))

@@ -1,0 +1,157 @@
+"""The engine half of the parity matrix: whole steps on a mesh against the same steps on one rank, in float32.
+
+Every cell is what `cuboid verify` observes: samples and noise by digest, loss, gradient, norm, and where a cell takes
+steps, losses and weights after them. The one rank itself is compared with plain autograd in
+tests/distributed/test_data_parallel.py, the model on meshes with one device in float64 in test_matrix.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ranks
+from pool import run_ranks
+from tiny import write_latents, write_recipe
+
+from framework.evaluate.agreement import LIMITS, Observation, compare
+from framework.shapes import ClipShape
+
+CLIPS = {"8": ClipShape(5, 32, 32), "7": ClipShape(25, 16, 16), "13": ClipShape(49, 16, 16)}  # tokens -> clip
+ENGINES = ("stage=1", "stage=2", "stage=3", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """mesh: dp, ring, ulysses, tp. data: tokens of the buckets, each with its own ring x ulysses after a colon."""
+
+    mesh: tuple[int, int, int, int]
+    engine: str
+    data: str = "8"
+    batch: int = 4
+    micro: int = 2
+    recompute: str = "none"
+    steps: int = 0
+
+    @property
+    def world_size(self) -> int:
+        dp, ring, ulysses, tp = self.mesh
+        return dp * ring * ulysses * tp
+
+    @property
+    def reference(self) -> tuple[str, int, int]:
+        """Cells with the same one are the same computation."""
+        tokens = "+".join(bucket.partition(":")[0] for bucket in self.data.split("+"))
+        return tokens, self.batch, self.steps
+
+    def overrides(self, folder: Path) -> list[str]:
+        axes = zip(("dp", "ring", "ulysses", "tp"), self.mesh, strict=True)
+        buckets = []
+        for bucket in self.data.split("+"):
+            tokens, _, degrees = bucket.partition(":")
+            clip = CLIPS[tokens]
+            own = ""
+            if degrees:
+                ring, ulysses = degrees.split("x")
+                own = f", ring: {ring}, ulysses: {ulysses}"
+            buckets.append(f"{{frames: {clip.frames}, height: {clip.height}, width: {clip.width}{own}}}")
+        streams = [f"{{path: {folder / bucket.partition(':')[0]}}}" for bucket in self.data.split("+")]
+        zero = ["zero.engine=fsdp2", "zero.stage=3"] if self.engine == "fsdp2" else [f"zero.{self.engine}"]
+        return [
+            *(f"mesh.{name}={degree}" for name, degree in axes),
+            *zero,
+            "zero.persistence=0",
+            f"data.buckets=[{', '.join(buckets)}]",
+            f"data.streams=[{', '.join(streams)}]",
+            f"data.global_batch={self.batch}",
+            f"data.micro_batch={self.micro}",
+            f"execution.recompute={self.recompute}",
+        ]
+
+    def __str__(self) -> str:
+        dp, ring, ulysses, tp = self.mesh
+        words = [f"dp{dp}r{ring}u{ulysses}tp{tp}", self.engine, self.data, f"batch{self.batch}x{self.micro}"]
+        return "-".join([*words, self.recompute, f"steps{self.steps}"])
+
+
+MESHES = [
+    (2, 1, 1, 1),
+    (1, 2, 1, 1),
+    (1, 1, 2, 1),
+    (1, 1, 1, 2),
+    (3, 1, 1, 1),
+    (1, 1, 1, 3),
+    (1, 3, 1, 1),
+    (2, 1, 1, 2),
+    (1, 2, 1, 2),
+    (1, 1, 2, 2),
+    (1, 2, 2, 1),
+    (2, 2, 1, 1),
+    (2, 1, 2, 1),
+    (1, 1, 4, 1),
+    (1, 2, 2, 2),
+    (2, 2, 1, 2),
+    (2, 1, 2, 2),
+    (2, 2, 2, 1),
+]
+VARIATIONS = [
+    {},
+    {"data": "7", "recompute": "all"},
+    {"data": "13", "batch": 3, "micro": 1},
+    {"data": "7", "batch": 3, "recompute": "keep_attention"},
+]
+
+
+def cells() -> list[Cell]:
+    """Every mesh with every engine, the variations in turn; steps on some; buckets with their own degrees."""
+    made = [
+        Cell(mesh, engine, **VARIATIONS[(i + j) % len(VARIATIONS)])  # type: ignore[arg-type]
+        for i, mesh in enumerate(MESHES)
+        for j, engine in enumerate(ENGINES)
+    ]
+    splits = ["8:1x1+7:2x1", "8:1x2+7:1x1", "8:2x1+7:1x2"]
+    made += [
+        Cell(mesh, engine, data=splits[(i + j) % 3], micro=1)
+        for i, mesh in enumerate([(2, 1, 1, 1), (1, 2, 1, 2), (2, 2, 1, 1)])
+        for j, engine in enumerate(ENGINES)
+    ]
+    made += [Cell(mesh, engine, data="8+7", steps=8) for mesh in [(1, 2, 1, 2), (2, 1, 2, 1)] for engine in ENGINES]
+    return made
+
+
+CELLS = cells()
+
+
+@pytest.fixture(scope="module")
+def observations(tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, Observation]:
+    """All cells, the ranks of each world size started once."""
+    folder = tmp_path_factory.mktemp("engines")
+    for tokens, clip in CLIPS.items():
+        write_latents(folder / tokens, clip=clip, prefix=f"clip{tokens}")
+    model = ["num_attention_heads=6", "attention_head_dim=6", "ffn_dim=50", "num_layers=2"]
+    recipe = write_recipe(folder, folder / "8", [f"model.{word}" for word in model])
+    references = {
+        cell.reference: Cell(
+            (1, 1, 1, 1), "stage=2", "+".join(cell.reference[0].split("+")), cell.batch, 4, steps=cell.steps
+        )
+        for cell in CELLS
+    }
+    found: dict[Cell, Observation] = {}
+    everything = [*references.values(), *CELLS]
+    for world_size in sorted({cell.world_size for cell in everything}):
+        batch = [cell for cell in everything if cell.world_size == world_size]
+        words = [(cell.overrides(folder), cell.steps) for cell in batch]
+        first = run_ranks(ranks.observe, world_size, recipe, words, timeout=600)[0]
+        found |= dict(zip(batch, first, strict=True))
+    return found
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_it_is_the_same_computation(observations: dict[Cell, Observation], cell: Cell) -> None:
+    alone = Cell((1, 1, 1, 1), "stage=2", cell.reference[0], cell.batch, 4, steps=cell.steps)
+    errors = compare(observations[cell], observations[alone])
+    assert errors.within(LIMITS["float32"]), errors
+
+
+def test_there_are_enough_cells() -> None:
+    assert len(set(CELLS)) == len(CELLS) >= 80
