@@ -186,13 +186,21 @@ def test_gradients_are_deepspeeds(steps_recipe: Path, stage: int, dtype: str) ->
 
 
 def test_both_engines_agree_in_bfloat16(steps_recipe: Path, plain: dict[str, engine_ranks.Updates]) -> None:
-    """Master weights and reduced gradients are float32 in both: only the order of their sums differs."""
+    """Master weights and reduced gradients are float32 in both.
+
+    Two things differ, by a rounding to bfloat16: the blocks' gradients of the text are summed in another order, and
+    FSDP2 leaves the tables' gradients in the float32 of their modulation.
+    """
     words = ["precision.parameters=bfloat16", "zero.stage=2"]
-    ours = run_ranks(engine_ranks.updates, 2, steps_recipe, fsdp2_words(2, "all", "bfloat16"), 1)[0]
-    theirs = run_ranks(engine_ranks.updates, 2, steps_recipe, words, 1)[0]
-    assert_same(ours, theirs, 1e-4)
+    ours = run_ranks(engine_ranks.updates, 2, steps_recipe, fsdp2_words(2, "all", "bfloat16"), 1)[0].gradients[0]
+    theirs = run_ranks(engine_ranks.updates, 2, steps_recipe, words, 1)[0].gradients[0]
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        rounded = "text_embedder" in name or "scale_shift_table" in name
+        error = np.abs(ours[name] - values).max() / np.abs(values).max()
+        assert error < (2**-6 if rounded else 1e-5), (name, error)
     first = plain["float32"].gradients[0]
-    assert max(np.abs(ours.gradients[0][name] - first[name]).max() for name in first) > 1e-4, "it computes in bfloat16"
+    assert max(np.abs(ours[name] - first[name]).max() for name in first) > 1e-4, "it computes in bfloat16"
 
 
 @pytest.mark.parametrize(("dp", "stage", "partition"), FSDP2)
