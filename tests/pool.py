@@ -32,7 +32,7 @@ def context() -> Any:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    ctx.set_forkserver_preload(["ranks"])
+    ctx.set_forkserver_preload(["ranks", "engine_ranks"])
     return ctx
 
 

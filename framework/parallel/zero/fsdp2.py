@@ -86,8 +86,7 @@ class Fsdp2Engine:
                 state[name] = torch.zeros_like(master, requires_grad=False)
 
     def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
-        assert isinstance(self._module, nn.Module)
-        return predict(self._module, tokens, condition, self._dtype)
+        return predict(self._as_module(), tokens, condition, self._dtype)
 
     def backward(self, loss_sum: Tensor, *, global_count: float, last: bool) -> None:
         self._module.set_requires_all_reduce(last)
@@ -108,7 +107,9 @@ class Fsdp2Engine:
                 group["lr"] = lr
             self._optimizer.step()
         for piece in self._pieces:
-            piece.master.grad = piece.parameter.grad = None
+            piece.master.grad = None
+        # Also of parameters of which this rank has no row: theirs are views of their group's whole buffer.
+        self._as_module().zero_grad()
         return StepStats(grad_norm=value, skipped=not finite)
 
     def fragments(self) -> list[Fragment]:
@@ -125,8 +126,9 @@ class Fsdp2Engine:
             for state in self._optimizer.state.values():
                 state["step"].fill_(float(updates))
         # In stage 2 a forward without a backward leaves what it gathered, which is stale now.
-        for module in fsdp_modules(self._module):
-            module.reshard()
+        for module in self._as_module().modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def gradients(self) -> list[Fragment]:
         found = [(piece, piece.gradient) for piece in self._pieces]
@@ -135,6 +137,10 @@ class Fsdp2Engine:
     def destroy(self) -> None:
         self._pieces = []
         self._optimizer.state.clear()
+
+    def _as_module(self) -> nn.Module:
+        assert isinstance(self._module, nn.Module)
+        return self._module
 
     def _gradient_norm(self) -> Tensor:
         """The norm of the whole gradient, float64 on the device, the same on every rank."""
@@ -214,16 +220,18 @@ def partition_unit(
     if not rows:
         return
     own = rows.get(unit) or elements.most_common(1)[0][0]
+    # A block all in another dtype is cast around; else each of its linears that is.
+    whole = bool(prefix) and own.compute != default.compute and set(rows.values()) == {own}
     apart: defaultdict[tuple[Precision, bool], list[nn.Module]] = defaultdict(list)
     for module, row in rows.items():
-        if row != own:
+        casts = not whole and row.compute != default.compute and is_plain_linear(module)
+        if row != own or casts:
             if any(True for child in module.children() for _ in child.parameters()):
                 raise ValueError(
                     f"precision.table: {prefix}.{module_name(unit, module)} has parameters of its own in {row} and "
                     f"others below it; give all of it one row, or its own parameters the row {own}"
                 )
-            apart[row, row.compute != default.compute and is_plain_linear(module)].append(module)
-    whole = bool(prefix) and not apart and own.compute != default.compute
+            apart[row, casts].append(module)
     for (row, casts), modules in [*apart.items(), ((own, whole), [unit])]:
         compute = getattr(torch, row.compute)
         policy = MixedPrecisionPolicy(
@@ -271,9 +279,3 @@ def local_rows(tensor: Tensor) -> Tensor:
     """What this rank holds of a partitioned tensor, sharing its storage."""
     assert isinstance(tensor, DTensor)
     return tensor.to_local().detach()
-
-
-def fsdp_modules(model: FSDPModule) -> list[FSDPModule]:
-    """Every partitioned unit."""
-    assert isinstance(model, nn.Module)
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
