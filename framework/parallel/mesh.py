@@ -147,6 +147,14 @@ def make_groups(shape: MeshShape, rank: int, made: dict[tuple[int, ...], dist.Pr
     return groups
 
 
+def close_mesh(mesh: Mesh) -> None:
+    """Free the communicators of a mesh that another one follows; the world's stays. Collective over the world."""
+    groups = {id(g.process_group): g.process_group for each in (mesh, *mesh.splits.values()) for g in each.groups()}
+    for process_group in groups.values():
+        if process_group is not None and process_group is not dist.group.WORLD:
+            dist.destroy_process_group(process_group)
+
+
 def lone_mesh() -> Mesh:
     """The mesh of one process without torch.distributed: every group is this rank alone."""
     groups = {name: Group(name, (0,), 0, None) for name in (*GROUP_AXES, "control")}

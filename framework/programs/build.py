@@ -57,13 +57,9 @@ def open_mesh(recipe: Recipe, env: Environment) -> Mesh:
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timedelta(minutes=10))
+    if not dist.is_initialized():  # joined once, whatever number of meshes follow
+        dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timedelta(minutes=10))
     return build_mesh(shape, env.rank, bucket_splits(recipe))
-
-
-def close_mesh() -> None:
-    """Leave the process group, so that another mesh can follow in the same process."""
-    dist.destroy_process_group()
 
 
 def bucket_splits(recipe: Recipe) -> list[tuple[int, int]]:

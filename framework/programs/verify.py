@@ -27,6 +27,7 @@ from framework.keys import key
 from framework.optim import learning_rate
 from framework.parallel.collectives import gather_fragments, gather_objects, summed
 from framework.parallel.config import resolve_mesh
+from framework.parallel.mesh import close_mesh
 from framework.programs import build
 from framework.programs.train import Objective, Parts, accumulate, build_parts
 from framework.recipe import Recipe, resolve_auto
@@ -92,7 +93,7 @@ def observe(recipe: Recipe, env: Environment, *, steps: int) -> Observation | No
     weights = gather_fragments([f for f in engine.fragments() if f.state == "model"], mesh.control)
     everywhere = gather_objects(flow.samples, mesh.control)
     engine.destroy()
-    build.close_mesh()
+    close_mesh(mesh)
     if mesh.rank != 0:
         return None
     return Observation(

@@ -31,7 +31,7 @@ DISTRIBUTED: Final = (
     ("checkpoint/*", "ProcessGroup"),
     ("checkpoint/*", "is_initialized"),
     ("programs/build.py", "init_process_group"),
-    ("programs/build.py", "destroy_process_group"),
+    ("programs/build.py", "is_initialized"),
     ("metrics.py", "Work"),  # a type, imported under TYPE_CHECKING
 )
 ONLY: Final = (
