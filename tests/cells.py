@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import mutations
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -247,3 +248,10 @@ def run_cells(env: Environment, cells: list[Cell]) -> list[CellError]:
     """All cells of one world size, one after the other."""
     dist.init_process_group("gloo", rank=env.rank, world_size=env.world_size)
     return [run_cell(cell, env.rank) for cell in cells]
+
+
+def run_mutant(env: Environment, cell: Cell, mutation: str) -> CellError:
+    """A cell with a mistake put in."""
+    dist.init_process_group("gloo", rank=env.rank, world_size=env.world_size)
+    mutations.put_in(mutation)
+    return run_cell(cell, env.rank)

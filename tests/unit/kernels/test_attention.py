@@ -1,4 +1,4 @@
-"""Kernels against each other, against loops, and where there is nothing to attend to."""
+"""Kernels against an explicit softmax in float64, alone and as blocks of a ring, and where there is nothing to see."""
 
 import math
 
@@ -6,87 +6,109 @@ import pytest
 import torch
 from torch import Tensor
 
-from framework.kernels.aten import aten_attention
-from framework.kernels.attention import AttentionKernel, build_attention
+from framework.kernels.aten import AtenAttention
+from framework.kernels.attended import Attended
+from framework.kernels.attention import AttentionKernel, attend, build_attention
 from framework.kernels.config import AttentionConfig, resolve_attention
-from framework.kernels.reference import reference_attention
+from framework.kernels.reference import ReferenceAttention
 
-KERNELS = [aten_attention, reference_attention]
-MASK = torch.tensor([[True, False, True, True, False], [False] * 5, [True] * 5])
+KERNELS = [AtenAttention(), ReferenceAttention()]
+LENGTHS = torch.tensor([3, 0, 5])
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
-def draw(dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """q `3 4 2 6`, k and v `3 5 2 6`."""
+def draw(queries: int = 4, keys: int = 5) -> list[Tensor]:
+    """q and dout `3 S 2 6`, k and v `3 L 2 6`, float64."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(3, length, 2, 6, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
-        for length in (4, 5, 5)
-    ]
+    sizes = (queries, keys, keys, queries)
+    return [torch.randn(3, length, 2, 6, dtype=torch.float64, generator=generator) for length in sizes]
 
 
-def by_loops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    out = torch.zeros(3, 4, 2, 6, dtype=torch.float64)
+def by_loops(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Out and lse, key by key and query by query, differentiable."""
+    out, lse = torch.zeros_like(q), torch.full((3, 2, q.shape[1]), -math.inf, dtype=torch.float64)
+    rows: list[list[list[Tensor]]] = []
     for b in range(3):
-        keys = [j for j in range(5) if mask is None or mask[b, j]]
-        for s in range(4):
+        num_keys = k.shape[1] if lengths is None else int(lengths[b])
+        rows.append([])
+        for s in range(q.shape[1]):
+            rows[b].append([])
             for h in range(2):
-                weights = [math.exp((q[b, s, h] @ k[b, j, h]).item() / math.sqrt(6)) for j in keys]
-                for weight, j in zip(weights, keys, strict=True):
-                    out[b, s, h] += weight / sum(weights) * v[b, j, h].detach()
-    return out
+                scores = torch.stack([q[b, s, h] @ k[b, j, h] for j in range(num_keys)]) / 6**0.5 if num_keys else None
+                if scores is None:
+                    rows[b][s].append(torch.zeros(6, dtype=torch.float64) * q[b, s, h].sum())
+                    continue
+                lse[b, h, s] = scores.detach().exp().sum().log()
+                rows[b][s].append((scores.exp() / scores.exp().sum()) @ v[b, :num_keys, h])
+    out = torch.stack([torch.stack([torch.stack(heads) for heads in queries]) for queries in rows])
+    return out, lse
 
 
-@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "mask"])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_it_is_the_softmax_of_the_definition(kernel: AttentionKernel, mask: Tensor | None) -> None:
-    q, k, v = draw()
-    out = kernel(q, k, v, mask)
-    assert out.dtype == torch.float64
-    torch.testing.assert_close(out.detach(), by_loops(q, k, v, mask), rtol=1e-12, atol=1e-12)
+def expected(lengths: Tensor | None, queries: int = 4, keys: int = 5) -> list[Tensor]:
+    """out, lse, dq, dk, dv."""
+    q, k, v, dout = draw(queries, keys)
+    for x in (q, k, v):
+        x.requires_grad_()
+    out, lse = by_loops(q, k, v, lengths)
+    gradients = torch.autograd.grad(out, (q, k, v), dout, allow_unused=True)
+    return [out.detach(), lse, *(g for g in gradients if g is not None)]
 
 
-@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "mask"])
-def test_gradients_agree(mask: Tensor | None) -> None:
-    gradients = []
-    for kernel in KERNELS:
-        inputs = draw()
-        (kernel(*inputs, mask) * torch.arange(288.0, dtype=torch.float64).view(3, 4, 2, 12)[..., :6]).sum().backward()
-        gradients.append([x.grad for x in inputs])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-11, atol=1e-11)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all", "lengths"])
+@pytest.mark.parametrize("sizes", [(4, 5), (1, 5), (7, 5)], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=["aten", "reference"])
+def test_a_pair_is_the_softmax_and_its_gradient(
+    kernel: AttentionKernel, sizes: tuple[int, int], lengths: Tensor | None, dtype: torch.dtype
+) -> None:
+    q, k, v, dout = (x.to(dtype) for x in draw(*sizes))
+    out, lse = kernel.forward(q, k, v, lengths)
+    assert out.dtype == dtype and lse.dtype == torch.promote_types(dtype, torch.float32)
+    found = [out, lse, *kernel.backward(dout, Attended(q, k, v, out, lse), lengths)]
+    for got, want in zip(found, expected(lengths, *sizes), strict=True):
+        assert got.shape == want.shape and not got.isnan().any()
+        finite = want.isfinite()
+        assert (got.isneginf() == ~finite).all()
+        error = (got.double() - want)[finite].abs().max() / want[finite].abs().max()
+        assert error <= TOLERANCE[dtype], float(error)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_sample_without_keys_gives_zeros_and_no_gradient(kernel: AttentionKernel, dtype: torch.dtype) -> None:
-    inputs = draw(dtype)
-    out = kernel(*inputs, MASK)
-    out.sum().backward()
-    assert (out[1] == 0).all() and out.isfinite().all()
-    assert all((x.grad[1] == 0).all() and x.grad.isfinite().all() for x in inputs)
-    assert (inputs[2].grad[0, [1, 4]] == 0).all() and (inputs[2].grad[0, [0, 2, 3]] != 0).all()
+@pytest.mark.parametrize("kernel", KERNELS, ids=["aten", "reference"])
+def test_a_block_of_keys_has_its_share_of_the_whole_gradient(kernel: AttentionKernel) -> None:
+    q, k, v, dout = draw()
+    out, lse = kernel.forward(q, k, v, None)
+    whole = kernel.backward(dout, Attended(q, k, v, out, lse), None)
+    cut = [(slice(0, 2)), slice(2, 5)]
+    dq, dk, dv = zip(*(kernel.backward(dout, Attended(q, k[:, s], v[:, s], out, lse), None) for s in cut), strict=True)
+    parts = (sum(dq), torch.cat(dk, 1), torch.cat(dv, 1))
+    for got, want in zip(parts, whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_bf16_comes_back_as_bf16_near_the_exact_result(kernel: AttentionKernel) -> None:
-    rounded = draw(torch.bfloat16)
-    out = kernel(*rounded, MASK)
-    assert out.dtype == torch.bfloat16
-    exact = reference_attention(*(x.double() for x in rounded), MASK)
-    assert (out - exact).abs().max() <= 2**-7 * exact.abs().max()
+@pytest.mark.parametrize("kernel", KERNELS, ids=["aten", "reference"])
+def test_attend_is_differentiable(kernel: AttentionKernel) -> None:
+    q, k, v, _ = (x.requires_grad_() for x in draw())
+    assert torch.autograd.gradcheck(lambda *x: attend(kernel, *x, LENGTHS), (q, k, v))
 
 
-def test_the_reference_scores_in_float32() -> None:
-    """Two keys whose scores differ by less than bf16 can hold."""
-    q = torch.tensor([8.0, 1.0], dtype=torch.bfloat16).view(1, 1, 1, 2)
-    k = torch.tensor([[32.0, 0.0], [32.0, 0.5]], dtype=torch.bfloat16).view(1, 2, 1, 2)
-    v = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.bfloat16).view(1, 2, 1, 2)
-    expected = 1 / (1 + math.exp(-0.5 / math.sqrt(2)))
-    assert abs(reference_attention(q, k, v, None)[0, 0, 0, 0].item() - expected) < 2**-8
+@pytest.mark.parametrize("kernel", KERNELS, ids=["aten", "reference"])
+def test_what_lies_beyond_the_length_has_no_weight(kernel: AttentionKernel) -> None:
+    q, k, v, dout = draw()
+    hidden = torch.arange(5) >= LENGTHS[:, None]
+    out, lse = kernel.forward(q, k, v, LENGTHS)
+    far = [x.masked_fill(hidden[:, :, None, None], 1e6) for x in (k, v)]
+    again, _ = kernel.forward(q, *far, LENGTHS)
+    assert torch.equal(out, again)
+    _, dk, dv = kernel.backward(dout, Attended(q, k, v, out, lse), LENGTHS)
+    assert (dk[hidden] == 0).all() and (dv[hidden] == 0).all()
 
 
-def test_auto_is_resolved_to_a_name_that_can_be_built() -> None:
-    assert resolve_attention(AttentionConfig()) == AttentionConfig("aten")
-    assert build_attention(AttentionConfig()) is aten_attention
-    assert build_attention(AttentionConfig("reference")) is reference_attention
-    with pytest.raises(ValueError, match="flashy"):
+def test_auto_is_resolved_once() -> None:
+    assert resolve_attention(AttentionConfig()).kernel == "aten"
+    assert isinstance(build_attention(AttentionConfig()), AtenAttention)
+    assert isinstance(build_attention(AttentionConfig("reference")), ReferenceAttention)
+
+
+def test_an_unknown_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="'flashy' is unknown"):
         AttentionConfig("flashy")  # type: ignore[arg-type]

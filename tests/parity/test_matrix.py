@@ -1,0 +1,109 @@
+"""The model half of the parity matrix, in float64: a transformer on a mesh against the same one on one device.
+
+Mesh axes meet token counts that divide, that don't, that are prime and that leave ranks with padding only; heads that
+Ulysses doesn't divide (6 over 4 and 5, 3 over 2); a feed-forward width that tp doesn't divide (50 over 3 and 4);
+recompute; accumulation; empty slots; buckets with their own degrees; image-to-video. The engine half is in
+test_engine_matrix.py. At the end, mistakes put in on purpose: each must be seen.
+"""
+
+import itertools
+
+import cells
+import pytest
+from cells import Cell, CellError
+from pool import run_ranks
+
+from framework.parallel.config import MeshShape
+
+LIMIT = 1e-12
+# (dp, ring, ulysses, tp)
+MESHES = [
+    (1, 1, 1, 1),
+    *[(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)],
+    *[(1, 3, 1, 1), (1, 1, 3, 1), (1, 1, 1, 3), (3, 1, 1, 1)],
+    *[(1, 4, 1, 1), (1, 1, 4, 1), (1, 2, 2, 1), (1, 2, 1, 2), (1, 1, 2, 2), (2, 1, 1, 2), (2, 2, 1, 1), (2, 1, 2, 1)],
+    *[(1, 1, 5, 1), (1, 5, 1, 1)],
+    *[(1, 1, 1, 6), (1, 1, 3, 2), (1, 3, 1, 2), (1, 1, 2, 3), (1, 3, 2, 1), (2, 1, 1, 3)],
+    *[(1, 2, 2, 2), (2, 2, 1, 2), (2, 1, 2, 2), (2, 2, 2, 1), (1, 4, 1, 2), (1, 2, 4, 1), (4, 1, 1, 2)],
+]
+LATENTS = [(2, 2, 3), (1, 1, 7), (1, 1, 13), (1, 1, 2)]  # 12, 7, 13, and fewer tokens than most replicas have ranks
+RECOMPUTE = ("none", "all", "keep_attention")
+
+
+def model_cells() -> list[Cell]:
+    """Every mesh with every token count; the other axes in turn, and buckets with their own degrees."""
+    made = []
+    for number, (mesh, latent) in enumerate(itertools.product(MESHES, LATENTS)):
+        made.append(
+            Cell(
+                MeshShape(*mesh),
+                latent,
+                samples=(2, 3, 4)[number % 3],
+                recompute=RECOMPUTE[(number // 2) % 3],  # type: ignore[arg-type]
+                image=number % 5 == 0,
+                micro=1 + number % 2,
+            )
+        )
+    for mesh, split in [
+        ((2, 1, 1, 1), (2, 1)),
+        ((2, 1, 1, 1), (1, 2)),
+        ((1, 2, 1, 2), (1, 1)),
+        ((2, 2, 1, 1), (1, 4)),
+        ((1, 2, 2, 1), (1, 1)),
+        ((2, 2, 1, 2), (4, 1)),
+    ]:
+        made += [Cell(MeshShape(*mesh), latent, split=split, samples=3) for latent in LATENTS[:2]]
+    return made
+
+
+CELLS = model_cells()
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[Cell, CellError]:
+    """All cells, the ranks of each world size started once."""
+    found: dict[Cell, CellError] = {}
+    for world_size in sorted({cell.mesh.world_size for cell in CELLS}):
+        batch = [cell for cell in CELLS if cell.mesh.world_size == world_size]
+        every_rank = run_ranks(cells.run_cells, world_size, batch, timeout=400)
+        for index, cell in enumerate(batch):
+            found[cell] = max((rank[index] for rank in every_rank), key=lambda error: error.gradient)
+    return found
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_a_mesh_computes_what_one_device_does(results: dict[Cell, CellError], cell: Cell) -> None:
+    error = results[cell]
+    assert error.loss <= LIMIT and error.gradient <= LIMIT, error
+
+
+def test_every_pair_of_axes_is_met() -> None:
+    for a, b in itertools.combinations(("dp", "ring", "ulysses", "tp"), 2):
+        both = [cell for cell in CELLS if getattr(cell.mesh, a) > 1 and getattr(cell.mesh, b) > 1]
+        assert {cell.num_tokens for cell in both} == {12, 7, 13, 2}, (a, b)
+        assert {cell.recompute for cell in both} == set(RECOMPUTE), (a, b)
+    assert len(set(CELLS)) == len(CELLS) >= 130
+
+
+MUTANTS = {
+    "norm_not_summed": Cell(MeshShape(1, 1, 1, 2)),
+    "qk_weight_summed": Cell(MeshShape(1, 1, 1, 2)),
+    "averaged_over_dp_only": Cell(MeshShape(1, 2, 1, 1)),
+    "padding_in_the_loss": Cell(MeshShape(1, 2, 1, 1), (1, 1, 7)),
+    "text_counted_cp_times": Cell(MeshShape(1, 1, 2, 1)),
+    "bucket_weight_off_by_cp": Cell(MeshShape(2, 1, 1, 1), split=(2, 1)),
+    "ring_gradients_stay": Cell(MeshShape(1, 2, 1, 1)),
+    "own_lse_in_the_merge": Cell(MeshShape(1, 2, 1, 1)),
+    "heads_in_another_order": Cell(MeshShape(1, 1, 2, 1)),
+    "bias_on_every_rank": Cell(MeshShape(1, 1, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTANTS)
+def test_a_mistake_is_seen(mutation: str) -> None:
+    cell = MUTANTS[mutation]
+    right = run_ranks(cells.run_cells, cell.mesh.world_size, [cell])[0][0]
+    wrong = run_ranks(cells.run_mutant, cell.mesh.world_size, cell, mutation)[0]
+    assert right.loss <= LIMIT and right.gradient <= LIMIT, right
+    assert max(wrong.loss, wrong.gradient) > 1e-4, wrong
