@@ -7,7 +7,6 @@ rank that kills itself is reported by its exit code where the caller expects tha
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.environment import Environment
+from framework.launch.local import free_port
 
 HERE = Path(__file__).parent
 Function = Callable[..., Any]
@@ -34,12 +34,6 @@ def context() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     ctx.set_forkserver_preload(["ranks", "engine_ranks"])
     return ctx
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def rank_main(function: Function, env: Environment, port: int, pipe: Connection, args: tuple[Any, ...]) -> None:

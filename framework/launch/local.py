@@ -6,6 +6,7 @@ terminal. A rank that fails writes its message into a directory; the earliest me
 
 import ctypes
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from framework.environment import STOP_SIGNALS, rank_variables
 from framework.log import error
 
 GRACE_SECONDS = 10.0
+PORTS = range(20000, 32768)
 PR_SET_PDEATHSIG = 1
 
 
@@ -52,10 +54,17 @@ def die_with_parent() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port of the loopback interface that nobody listens on, below those that the kernel hands out itself: it is
+    used seconds later, when the ranks have started.
+    """
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"none of 100 ports between {PORTS.start} and {PORTS.stop} is free")
 
 
 def run_local(arguments: list[str], *, world_size: int) -> int:
