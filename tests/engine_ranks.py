@@ -14,13 +14,12 @@ from ranks import moments, projection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from framework.data.schedule import Schedule
 from framework.environment import Environment
 from framework.models.patchify import patchify
 from framework.parallel.collectives import gather_fragments
 from framework.parallel.config import MeshShape
 from framework.parallel.fragments import ParameterShard
-from framework.parallel.mesh import Mesh, build_mesh
+from framework.parallel.mesh import Mesh, build_mesh, lone_mesh
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig
 from framework.parallel.zero.engine import Engine
 from framework.parallel.zero.fsdp2 import build_fsdp2
@@ -60,7 +59,7 @@ def open_engine(env: Environment, recipe_path: Path, overrides: list[str]) -> tu
 def backwards(recipe: Recipe, mesh: Mesh, engine: Engine, num_steps: int) -> Iterator[int]:
     """Forward and backward of steps; yields each step's number when its gradient is there."""
     streams = build.open_data(recipe, recipe.data.streams)
-    schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=mesh.dp.size, dp_index=mesh.dp.index)
+    schedule = build.build_schedule(recipe, streams, build.bucket_meshes(recipe, mesh))
     builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0)
     flow = build.build_flow(recipe)
     latents = [builder.latent_shape(b) for b in range(len(recipe.data.buckets))]
@@ -103,7 +102,7 @@ def written(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple[
     """
     recipe, mesh, _, engine = open_engine(env, recipe_path, overrides)
     streams = build.open_data(recipe, recipe.data.streams)
-    schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=1, dp_index=0)
+    schedule = build.build_schedule(recipe, streams, [lone_mesh()])
     builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0)
     batch = builder.build(schedule[0].micro_batches[0], step=0)
     tokens = patchify(build.build_flow(recipe).noise(batch, step=0), recipe.model.patch_size)

@@ -13,6 +13,7 @@ from framework.diffusion import flow
 from framework.models import dit, parallelize
 from framework.parallel import fragments, tensor_parallel
 from framework.parallel.context_parallel import attention, ring
+from framework.parallel.zero import deepspeed
 
 
 def put_in(mutation: str) -> None:
@@ -150,3 +151,34 @@ def noise_keyed_by_rank() -> None:
 def no_tensor_parallel_flag() -> None:
     """Split parameters aren't marked: the engine counts one tp rank's squares only."""
     fragments.mark_split = parallelize.mark_split = lambda parameter: None
+
+
+def engine_reduces_over_dp_only() -> None:
+    """The engine is told that its ranks are dp, not dp x cp."""
+    right = deepspeed.GroupsForDeepSpeed.__init__
+
+    def wrong(self: deepspeed.GroupsForDeepSpeed, mesh: Any) -> None:
+        right(self, mesh)
+        self._zero = mesh.dp
+
+    deepspeed.GroupsForDeepSpeed.__init__ = wrong  # type: ignore[method-assign]
+
+
+def engine_padding_in_the_loss() -> None:
+    """Padded tokens count."""
+
+    def wrong(self: flow.Flow, prediction: Tensor, tokens: Any) -> Tensor:
+        sums = (prediction - tokens.target).square().sum(dim=(1, 2)) * tokens.weights
+        return sums / (sum(tokens.layout.valid) * prediction.shape[2])
+
+    flow.Flow.losses = wrong  # type: ignore[method-assign]
+
+
+def engine_bucket_weight_off_by_cp() -> None:
+    """A bucket's loss is weighed by its cp."""
+    right = flow.Flow.losses
+
+    def wrong(self: flow.Flow, prediction: Tensor, tokens: Any) -> Tensor:
+        return right(self, prediction, tokens) * tokens.layout.mesh.cp.size
+
+    flow.Flow.losses = wrong  # type: ignore[method-assign]

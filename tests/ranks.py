@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 # Imported for their warmth alone: what a rank would otherwise import at its first step takes 4 s of each.
 import deepspeed.runtime.zero.muon.muon_optimizer
+import mutations
 import numpy as np
 import streaming.base.format  # noqa: F401
 import torch
@@ -224,3 +225,9 @@ def bad_step(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple
 def observe(env: Environment, recipe: Path, cells: list[tuple[list[str], int]]) -> list[Observation | None]:
     """What `cuboid verify` observes of (overrides, steps), one after the other in the same ranks."""
     return [verify.observe(load_recipe(recipe, overrides), env, steps=steps) for overrides, steps in cells]
+
+
+def observe_mutant(env: Environment, recipe: Path, cell: tuple[list[str], int], mutation: str) -> Observation | None:
+    """The same with a mistake put in (mutations.py)."""
+    mutations.put_in(mutation)
+    return observe(env, recipe, [cell])[0]

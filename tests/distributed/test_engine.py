@@ -10,12 +10,12 @@ import torch
 from pool import RanksFailed, run_ranks
 from tiny import write_recipe
 
-from framework.data.schedule import Schedule
-from framework.kernels.reference import reference_attention
+from framework.kernels.reference import ReferenceAttention
 from framework.keys import key
 from framework.models.dit import DiT
 from framework.models.initialise import init_tensor
 from framework.models.patchify import patchify
+from framework.parallel.mesh import lone_mesh
 from framework.parallel.zero.config import ZeroConfig
 from framework.parallel.zero.engine import predict
 from framework.programs import build
@@ -88,7 +88,7 @@ def fsdp2_words(stage: int, partition: int | str, dtype: str = "float32") -> lis
 
 def plain_updates(recipe: Recipe, dtype: torch.dtype, num_steps: int = 2) -> engine_ranks.Updates:
     """Plain AdamW in one process: no engine, no mesh, the samples' mean squared errors written out."""
-    model = DiT(recipe.model, reference_attention).to(dtype)
+    model = DiT(recipe.model, ReferenceAttention()).to(dtype)
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(key(recipe.seed, "init", uid=name))
         value = init_tensor(name, tuple(parameter.shape), generator, recipe.model)
@@ -99,7 +99,7 @@ def plain_updates(recipe: Recipe, dtype: torch.dtype, num_steps: int = 2) -> eng
     config = recipe.optimizer
     adam = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, foreach=False)
     streams = build.open_data(recipe, recipe.data.streams)
-    schedule = Schedule(recipe.data, streams, seed=recipe.seed, dp=1, dp_index=0)
+    schedule = build.build_schedule(recipe, streams, [lone_mesh()])
     builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0)
     gradients, norms = [], []
     for step in range(num_steps):

@@ -122,19 +122,24 @@ CELLS = cells()
 
 
 @pytest.fixture(scope="module")
-def observations(tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, Observation]:
-    """All cells, the ranks of each world size started once."""
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six heads, a feed-forward that 3 doesn't divide, and latents of every clip beside it."""
     folder = tmp_path_factory.mktemp("engines")
     for tokens, clip in CLIPS.items():
         write_latents(folder / tokens, clip=clip, prefix=f"clip{tokens}")
     model = ["num_attention_heads=6", "attention_head_dim=6", "ffn_dim=50", "num_layers=2"]
-    recipe = write_recipe(folder, folder / "8", [f"model.{word}" for word in model])
-    references = {alone(cell) for cell in CELLS}
+    return write_recipe(folder, folder / "8", [f"model.{word}" for word in model])
+
+
+@pytest.fixture(scope="module")
+def observations(recipe: Path) -> dict[Cell, Observation]:
+    """All cells, the ranks of each world size started once."""
+    references = {alone(cell) for cell in (*CELLS, *MUTANTS.values())}
     found: dict[Cell, Observation] = {}
     everything = [*references, *CELLS]
     for world_size in sorted({cell.world_size for cell in everything}):
         batch = [cell for cell in everything if cell.world_size == world_size]
-        words = [(cell.overrides(folder), cell.steps) for cell in batch]
+        words = [(cell.overrides(recipe.parent), cell.steps) for cell in batch]
         first = run_ranks(ranks.observe, world_size, recipe, words, timeout=600)[0]
         found |= dict(zip(batch, first, strict=True))
     return found
@@ -149,3 +154,27 @@ def test_it_is_the_same_computation(observations: dict[Cell, Observation], cell:
 
 def test_there_are_enough_cells() -> None:
     assert len(set(CELLS)) == len(CELLS) >= 80
+
+
+# A mistake -> the cell that sees it. What no engine takes part in is in test_matrix.py.
+MUTANTS = {
+    "norm_not_summed": Cell((1, 1, 1, 2), "stage=2"),
+    "qk_weight_summed": Cell((1, 1, 1, 2), "stage=3"),
+    "engine_reduces_over_dp_only": Cell((1, 2, 1, 1), "stage=2"),
+    "noise_keyed_by_rank": Cell((1, 1, 1, 2), "fsdp2"),
+    "engine_padding_in_the_loss": Cell((1, 2, 1, 1), "fsdp2", data="7"),
+    "text_counted_cp_times": Cell((1, 1, 2, 1), "fsdp2"),
+    "no_tensor_parallel_flag": Cell((1, 1, 1, 2), "stage=1"),
+    "engine_bucket_weight_off_by_cp": Cell((2, 1, 1, 1), "stage=2", data="8:1x1+7:2x1", micro=1),
+    "ring_gradients_stay": Cell((1, 2, 1, 1), "stage=3"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTANTS)
+def test_a_mistake_is_seen(observations: dict[Cell, Observation], recipe: Path, mutation: str) -> None:
+    cell = MUTANTS[mutation]
+    words = (cell.overrides(recipe.parent), cell.steps)
+    wrong = run_ranks(ranks.observe_mutant, cell.world_size, recipe, words, mutation)[0]
+    right = run_ranks(ranks.observe, cell.world_size, recipe, [words])[0][0]
+    assert compare(right, observations[alone(cell)]).within(LIMITS["float32"])
+    assert not compare(wrong, observations[alone(cell)]).within(LIMITS["float32"])
