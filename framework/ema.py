@@ -34,6 +34,8 @@ class Ema:
     def update(self, *, step: int) -> None:
         """Take in the weights after optimizer step number `step`, counted from 0."""
         decay = min(self._decay, (1 + step) / (10 + step))
+        if not self._live:  # more ranks than rows
+            return
         torch._foreach_lerp_(self._averages, [f.flat for f in self._live], 1 - decay)
 
     @torch.no_grad()

@@ -71,6 +71,13 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
     }
 
 
+def be_first_rank() -> None:
+    """Say in this process's environment that it is a first rank, as no launcher did: DeepSpeed looks there."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not visible_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def visible_gpus() -> int:
     """GPUs of this machine that a process would see, counted without importing torch."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")

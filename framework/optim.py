@@ -1,7 +1,7 @@
 """The optimizer and its learning rate.
 
 AdamW (arXiv 1711.05101). Only elementwise optimizers work under ZeRO: a rank holds flat ranges of tensors, never whole
-matrices. Weight decay applies to weights of two and more dimensions, not to biases, norms and modulation tables.
+matrices.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from framework.recipe import OptimizerConfig
+from framework.recipe import OptimizerConfig, decays
 
 
 def adamw(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -18,11 +18,6 @@ def adamw(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -
     plain = [p for name, p in parameters if not decays(name, len(getattr(p, "ds_shape", p.shape)))]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
-def decays(name: str, num_dims: int) -> bool:
-    """Whether weight decay applies to a tensor."""
-    return num_dims >= 2 and "scale_shift_table" not in name
 
 
 def learning_rate(config: OptimizerConfig, *, step: int) -> float:

@@ -60,6 +60,13 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be at least 0")
 
 
+def decays(name: str, num_dims: int) -> bool:
+    """Whether weight decay applies to a parameter: to weights of two and more dimensions, not to biases, norms and
+    modulation tables.
+    """
+    return num_dims >= 2 and "scale_shift_table" not in name
+
+
 @dataclass(frozen=True)
 class EmaConfig:
     """Exponential moving average of the fp32 master weights with the decay min(decay, (1 + n) / (10 + n)) at step n."""

@@ -39,6 +39,7 @@ FREE = (
     "mesh.*",
     "zero.*",
     "attention.*",
+    "execution.*",
     "data.micro_batch",
     "data.prefetch",
     "train.*",
@@ -216,9 +217,15 @@ def recipe_diff(stored: Recipe, recipe_path: Path, started_with: list[str]) -> t
     return tuple(diff)
 
 
+def without_degrees(recipe: Recipe) -> Recipe:
+    """The recipe without its buckets' own degrees: like the mesh they change neither samples nor loss."""
+    buckets = [dataclasses.replace(bucket, ring=None, ulysses=None) for bucket in recipe.data.buckets]
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, buckets=buckets))
+
+
 def check_changes(stored: Recipe, changed: Recipe) -> None:
     """Refuse changes to an existing run that would not be the same run."""
-    old, new = flatten(stored), flatten(changed)
+    old, new = flatten(without_degrees(stored)), flatten(without_degrees(changed))
     allowed = (*FREE, *changed.resume.allow)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not any(fnmatch.fnmatch(key, pattern) for pattern in allowed):

@@ -19,6 +19,7 @@ from torch import Tensor
 from framework.checkpoint.commit import newest_of_run
 from framework.data.shards import LatentSample, open_shards
 from framework.diffusion.video_file import to_uint8, write_contact_sheet
+from framework.parallel.mesh import lone_mesh
 from framework.programs import build
 from framework.programs.generate import Generator
 from framework.programs.sample import LocalModel, load_model
@@ -41,7 +42,7 @@ def compare(run: Path, *, seeds: list[int], weights: Literal["ema", "raw"], out:
     (clip,) = to_uint8(encoders.tokenizer.decode(torch.from_numpy(sample.latents).float()[None]))
     best_still = max(psnr(still.expand(clip.shape), clip) for still in (*clip, clip.double().mean(0)))
     model = LocalModel(load_model(recipe, newest_of_run(run), weights=weights, device=device))
-    generator = Generator(recipe, encoders, recipe.data.buckets[0].clip, device)
+    generator = Generator(recipe, encoders, recipe.data.buckets[0].clip, device, lone_mesh())
     rows, results = [("the clip, as its tokenizer gives it back", clip)], {}
     for seed in seeds:
         (video,) = generator(model, [sample.captions[0].text], seed=seed)

@@ -14,6 +14,7 @@ In a group of one rank they return their tensor as it is, and count nothing.
 
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import torch
@@ -32,9 +33,14 @@ def num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def sent(num_bytes: int, group: Group) -> Fraction:
+    """(n-1)/n of a tensor's bytes."""
+    return Fraction((group.size - 1) * num_bytes, group.size)
+
+
 def all_reduce_sum(tensor: Tensor, group: Group, purpose: str) -> dist.Work:
     """Sum `tensor` over the group in place, without waiting: call `wait()` on what is returned before reading it."""
-    group.traffic.count(purpose, 2 * (group.size - 1) * num_bytes(tensor) // group.size)
+    group.traffic.count(purpose, 2 * sent(num_bytes(tensor), group))
     work = dist.all_reduce(tensor, group=group.process_group, async_op=True)
     assert work is not None, "this rank is a member of the groups that it holds"
     return work
@@ -54,7 +60,7 @@ def all_gather_tokens(x_bsd: Tensor, group: Group, purpose: str) -> Tensor:
     if group.size == 1:
         return x_bsd
     parts = x_bsd.new_empty((group.size * x_bsd.shape[0], *x_bsd.shape[1:]))
-    group.traffic.count(purpose, (group.size - 1) * num_bytes(x_bsd))
+    group.traffic.count(purpose, sent(num_bytes(parts), group))
     dist.all_gather_into_tensor(parts, x_bsd.contiguous(), group=group.process_group)
     return rearrange(parts, "(n b) s d -> b (n s) d", n=group.size)
 
@@ -65,7 +71,7 @@ def reduce_scatter_tokens(x_bsd: Tensor, group: Group, purpose: str) -> Tensor:
         return x_bsd
     parts = rearrange(x_bsd, "b (n s) d -> (n b) s d", n=group.size).contiguous()
     out_bsd = parts.new_empty((x_bsd.shape[0], *parts.shape[1:]))
-    group.traffic.count(purpose, (group.size - 1) * num_bytes(x_bsd) // group.size)
+    group.traffic.count(purpose, sent(num_bytes(x_bsd), group))
     dist.reduce_scatter_tensor(out_bsd, parts, group=group.process_group)
     return out_bsd
 
@@ -73,7 +79,7 @@ def reduce_scatter_tokens(x_bsd: Tensor, group: Group, purpose: str) -> Tensor:
 def all_to_all(flat: Tensor, send: list[int], receive: list[int], group: Group, purpose: str) -> Tensor:
     """Element ranges of sizes `send` to the group's ranks in order; what came, of sizes `receive`, likewise."""
     out = flat.new_empty(sum(receive))
-    group.traffic.count(purpose, (group.size - 1) * num_bytes(flat) // group.size)
+    group.traffic.count(purpose, sent(num_bytes(flat), group))
     dist.all_to_all_single(out, flat, receive, send, group=group.process_group)
     return out
 
@@ -85,7 +91,7 @@ def ring_exchange(tensor: Tensor, group: Group, purpose: str) -> Callable[[], Te
     """
     out = torch.empty_like(tensor)
     onward, back = (group.ranks[(group.index + step) % group.size] for step in (1, -1))
-    group.traffic.count(purpose, num_bytes(tensor))
+    group.traffic.count(purpose, Fraction(num_bytes(tensor)))
     works = dist.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, tensor, onward, group.process_group),

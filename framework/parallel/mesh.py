@@ -15,9 +15,10 @@ A bucket may have its own ring and ulysses. They cut the same ranks of dp x cp i
 ranks share a sample, and neither tp nor zero: no parameter moves. `Mesh.split` is the mesh seen by such a bucket.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Final
 
@@ -43,12 +44,14 @@ GROUP_AXES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 
 @dataclass
 class Traffic:
-    """Calls and bytes by purpose, as one rank sends them by the bandwidth-optimal algorithm."""
+    """Calls and bytes by purpose, as one rank sends them by the bandwidth-optimal algorithm; exact, so (n-1)/n of a
+    tensor may be a fraction of a byte.
+    """
 
     calls: Counter[str] = field(default_factory=Counter)
-    num_bytes: Counter[str] = field(default_factory=Counter)
+    num_bytes: defaultdict[str, Fraction] = field(default_factory=lambda: defaultdict(Fraction))
 
-    def count(self, purpose: str, num_bytes: int) -> None:
+    def count(self, purpose: str, num_bytes: Fraction) -> None:
         self.calls[purpose] += 1
         self.num_bytes[purpose] += num_bytes
 
@@ -116,22 +119,23 @@ def new_group(ranks: tuple[int, ...], *, backend: str | None = None) -> dist.Pro
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
-def build_mesh(shape: MeshShape, rank: int, splits: Iterable[tuple[int, int]] = ()) -> Mesh:
+def build_mesh(shape: MeshShape, rank: int, splits: Iterable[tuple[int, int]] = (), *, control: str = "gloo") -> Mesh:
     """Make the groups; torch.distributed must be initialised with `shape.world_size` ranks. Collective over the world.
 
     splits: (ring, ulysses) of buckets with their own degrees; ring x ulysses divides dp x cp (`config.split_shape`).
+    control: backend of the control group.
     """
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(shape.world_size)): dist.group.WORLD}
     groups = make_groups(shape, rank, made)
     world = groups["world"]
-    control = Group("control", world.ranks, rank, new_group(world.ranks, backend="gloo"))
-    mesh = Mesh(shape=shape, rank=rank, control=control, splits={}, **groups)
+    on_host = Group("control", world.ranks, rank, new_group(world.ranks, backend=control))
+    mesh = Mesh(shape=shape, rank=rank, control=on_host, splits={}, **groups)
     cut: dict[tuple[int, int], Mesh] = {}
     for ring, ulysses in dict.fromkeys(splits):
         other = split_shape(shape, ring, ulysses)
         if other != shape:
             own = make_groups(other, rank, made) | {name: groups[name] for name in ("tp", "zero", "world")}
-            cut[ring, ulysses] = Mesh(shape=other, rank=rank, control=control, splits={}, **own)
+            cut[ring, ulysses] = Mesh(shape=other, rank=rank, control=on_host, splits={}, **own)
     return replace(mesh, splits=MappingProxyType(cut))
 
 

@@ -12,12 +12,8 @@ What is gathered on the way, buckets, padding and activations come on top; fsdp2
 """
 
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Final
 
-from framework.parallel.zero.config import PrecisionConfig, ZeroConfig
-
-SIZES: Final = MappingProxyType({"bfloat16": 2, "float32": 4, "float64": 8})
+from framework.parallel.zero.config import SIZES, PrecisionConfig, ZeroConfig
 
 
 @dataclass(frozen=True)

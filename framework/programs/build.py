@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +53,8 @@ class Claim:
 def open_mesh(recipe: Recipe, env: Environment) -> Mesh:
     """Join the process group and make the mesh. A collective over all ranks."""
     shape = resolve_mesh(recipe.mesh, num_ranks=env.world_size)
+    # Newer torch renames collectives that torch 2.11 has under their old names alone; DeepSpeed uses those too.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if torch.cuda.is_available():
         torch.cuda.set_device(env.local_rank)
     if recipe.train.deterministic:

@@ -3,8 +3,9 @@
 import gc
 import signal
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Protocol
 
 import torch
@@ -244,10 +245,10 @@ def step_tokens(work: Work, num_tokens: list[int]) -> int:
 def traffic(mesh: Mesh) -> dict[str, int]:
     """Bytes that our own collectives have sent so far, by group."""
     groups = [group for each in (mesh, *mesh.splits.values()) for group in each.groups()]
-    totals: Counter[str] = Counter()
+    totals: defaultdict[str, Fraction] = defaultdict(Fraction)
     for group in {id(group): group for group in groups if group.size > 1}.values():
         totals[group.name] += sum(group.traffic.num_bytes.values())
-    return dict(totals)
+    return {name: round(total) for name, total in totals.items()}
 
 
 def publish(metrics: MetricsWriter, report: ProgressReport, record: StepRecord) -> None:

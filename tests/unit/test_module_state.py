@@ -7,9 +7,12 @@ from typing import Final
 import pytest
 from syntax import TREES, Function, chain, classes, dataclass_words
 
-IMMUTABLE_MAKERS: Final = frozenset(
-    {"MappingProxyType", "frozenset", "tuple", "compile", "TypeVar", "uint64", "getLogger", "prod"}
+FROZEN: Final = frozenset(
+    node.name for tree in TREES.values() for node in classes(tree) if "frozen=True" in (dataclass_words(node) or "")
 )
+IMMUTABLE_MAKERS: Final = FROZEN | {
+    *("MappingProxyType", "frozenset", "tuple", "range", "compile", "TypeVar", "uint64", "getLogger", "prod")
+}
 DISPLAYS: Final = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp)
 # Declares one operation absent, or DeepSpeed compiles it for minutes (see `quiet`).
 ASSIGNED_ON_PURPOSE: Final = ["parallel/zero/deepspeed.py assigns to deepspeed.ops.__compatible_ops__"]

@@ -125,6 +125,8 @@ def stored(recipe_path: Path) -> Recipe:
         "attention.kernel=reference",
         "data.micro_batch=2",
         "data.prefetch=1",
+        "data.buckets.0.ulysses=2",
+        "execution.recompute=all",
         "train.steps=100",
         "train.deterministic=true",
         "checkpoint.every=1",

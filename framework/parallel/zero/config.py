@@ -1,10 +1,13 @@
 """How parameters, gradients and optimizer state are partitioned over dp x cp, and in which precision they are kept."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from types import MappingProxyType
+from typing import Final, Literal
 
 Dtype = Literal["default", "float32", "bfloat16", "float64"]
+SIZES: Final[Mapping[str, int]] = MappingProxyType({"bfloat16": 2, "float32": 4, "float64": 8})  # bytes
 # A row without a rule: what is kept and updated, what forward and backward see, what gradients are summed in.
 DEFAULT_ROWS = (
     ("float32", ("float32", "float32", "float32")),
@@ -22,7 +25,9 @@ class ZeroConfig:
     partition: ranks over which is partitioned, a divisor of dp x cp; below that (fsdp2 only) every group of so many
     neighbours holds a replica. offload: optimizer keeps master weights and moments on the host, and updates them there
     (deepspeed only). bucket_size: elements of a reduction bucket (DeepSpeed allocates it whole). persistence:
-    DeepSpeed's stage 3 keeps parameters of fewer elements than this gathered.
+    DeepSpeed's stage 3 keeps parameters of fewer elements than this gathered. reuse_distance: it doesn't release a
+    parameter that is used again before so many elements of others: less to gather again, more to hold. prefetch:
+    elements that it gathers ahead; what it meets gathered on the way ahead isn't released either.
     """
 
     engine: Literal["deepspeed", "fsdp2"] = "deepspeed"
@@ -31,12 +36,15 @@ class ZeroConfig:
     offload: Literal["none", "optimizer"] = "none"
     bucket_size: int = 50_000_000
     persistence: int = 100_000
+    reuse_distance: int = 1_000_000_000
+    prefetch: int = 50_000_000
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):
             raise ValueError(f"zero.stage={self.stage}: ZeRO has the stages 1, 2 and 3")
-        if self.persistence < 0:
-            raise ValueError(f"zero.persistence={self.persistence} must be at least 0")
+        for name in ("persistence", "reuse_distance", "prefetch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"zero.{name}={getattr(self, name)} must be at least 0")
         if self.bucket_size < 1:
             raise ValueError(f"zero.bucket_size={self.bucket_size} must be at least 1")
         if self.partition != "all" and self.partition < 1:

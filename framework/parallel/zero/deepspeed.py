@@ -269,8 +269,9 @@ def deepspeed_config(zero: ZeroConfig, precision: PrecisionConfig, optimizer: Op
             "overlap_comm": False,
             "reduce_bucket_size": zero.bucket_size,
             "allgather_bucket_size": zero.bucket_size,
-            "stage3_prefetch_bucket_size": zero.bucket_size,
+            "stage3_prefetch_bucket_size": zero.prefetch,
             "stage3_param_persistence_threshold": zero.persistence,
+            "stage3_max_reuse_distance": zero.reuse_distance,
             "offload_optimizer": {"device": "cpu" if zero.offload == "optimizer" else "none"},
         },
     }

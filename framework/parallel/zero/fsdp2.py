@@ -16,6 +16,7 @@ gathered in its computing dtype just before it runs, and what is in no block aro
   output back; norms and time embedding do their own upcast (models/layers.py).
 """
 
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
@@ -72,6 +73,7 @@ class Fsdp2Engine:
         self, module: FSDPModule, pieces: list[Piece], groups: Groups, zero: ZeroConfig, dtype: torch.dtype
     ) -> None:
         self._module, self._pieces, self._groups, self._dtype = module, pieces, groups, dtype
+        self._device = next(self._as_module().parameters()).device
         self._keeps_parameters = zero.stage == 2
 
     def prepare(self, optimizer: OptimizerConfig) -> None:
@@ -144,7 +146,7 @@ class Fsdp2Engine:
 
     def _gradient_norm(self) -> Tensor:
         """The norm of the whole gradient, float64 on the device, the same on every rank."""
-        total = torch.zeros((), dtype=torch.float64, device=self._optimizer.param_groups[0]["params"][0].device)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         for split in (True, False):
             held = [(piece, piece.gradient) for piece in self._pieces if piece.split == split]
             gradients = [gradient for _, gradient in held if gradient is not None]
@@ -170,6 +172,8 @@ def build_fsdp2(
     It is partitioned on the meta device, so that no rank ever holds the whole model.
     """
     check_engine(zero, precision)
+    # The prediction is a view; nothing writes into it.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPDiT\) returned a view", category=UserWarning)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     partition, replicate = cut_zero_group(mesh, zero.partition_size(mesh.zero.size))
     groups = Groups(partition, replicate, mesh.zero, mesh.tp)

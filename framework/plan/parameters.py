@@ -1,0 +1,123 @@
+"""The transformer's parameters by name and shape, as its definition makes them (models/dit.py) and tp splits them
+(models/parallelize.py): what a planner counts without a model.
+
+Shapes are those of one tp rank. `D` width, `F` feed-forward width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final, Literal
+
+from framework.models.config import ModelConfig
+from framework.shapes import even_parts
+
+Style = Literal["column", "row", "norm"]
+
+# Parts of a block's names -> how tp splits what is below them (the table of models/parallelize.py, by suffix).
+SPLIT: Final[Mapping[str, Style]] = MappingProxyType(
+    {
+        "to_q": "column",
+        "to_k": "column",
+        "to_v": "column",
+        "add_k_proj": "column",
+        "add_v_proj": "column",
+        "net.0.proj": "column",
+        "to_out.0": "row",
+        "net.2": "row",
+        "norm_q": "norm",
+        "norm_k": "norm",
+        "norm_added_k": "norm",
+    }
+)
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """A rank's place in its tp group."""
+
+    size: int = 1
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class ParameterShape:
+    """A parameter on one tp rank. split: whether other tp ranks hold other parts."""
+
+    name: str
+    shape: tuple[int, ...]
+    split: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def parameter_shapes(config: ModelConfig, tp: TensorParallel = TensorParallel()) -> list[ParameterShape]:
+    """Every parameter of the model on this tp rank."""
+    blocks = [
+        split_over(ParameterShape(f"blocks.{index}.{inner.name}", inner.shape), tp)
+        for index in range(config.num_layers)
+        for inner in block_shapes(config)
+    ]
+    return [*outer_shapes(config), *blocks]
+
+
+def linear(name: str, in_dim: int, out_dim: int) -> list[ParameterShape]:
+    """Weight and bias."""
+    return [ParameterShape(f"{name}.weight", (out_dim, in_dim)), ParameterShape(f"{name}.bias", (out_dim,))]
+
+
+def outer_shapes(config: ModelConfig) -> list[ParameterShape]:
+    """What is in no block; tp leaves it whole."""
+    width, embedder = config.width, "condition_embedder"
+    made = [
+        ParameterShape("scale_shift_table", (1, 2, width)),
+        ParameterShape("patch_embedding.weight", (width, config.in_channels, *config.patch_size)),
+        ParameterShape("patch_embedding.bias", (width,)),
+        *linear(f"{embedder}.time_embedder.linear_1", config.freq_dim, width),
+        *linear(f"{embedder}.time_embedder.linear_2", width, width),
+        *linear(f"{embedder}.time_proj", width, 6 * width),
+        *linear(f"{embedder}.text_embedder.linear_1", config.text_dim, width),
+        *linear(f"{embedder}.text_embedder.linear_2", width, width),
+    ]
+    if config.image_dim is not None:
+        image = f"{embedder}.image_embedder"
+        if config.pos_embed_seq_len is not None:
+            made.append(ParameterShape(f"{image}.pos_embed", (1, config.pos_embed_seq_len, config.image_dim)))
+        for norm, size in (("norm1", config.image_dim), ("norm2", width)):
+            made += [ParameterShape(f"{image}.{norm}.{name}", (size,)) for name in ("weight", "bias")]
+        made += linear(f"{image}.ff.net.0.proj", config.image_dim, config.image_dim)
+        made += linear(f"{image}.ff.net.2", config.image_dim, width)
+    return [*made, *linear("proj_out", width, config.out_patch_dim)]
+
+
+def block_shapes(config: ModelConfig) -> list[ParameterShape]:
+    """A block's parameters, whole, named from the block on."""
+    width, hidden = config.width, config.ffn_dim
+    made = [ParameterShape("scale_shift_table", (1, 6, width))]
+    for attention in ("attn1", "attn2"):
+        linears, norms = ["to_q", "to_k", "to_v", "to_out.0"], ["norm_q", "norm_k"]
+        if attention == "attn2" and config.added_kv_proj_dim is not None:
+            linears, norms = [*linears, "add_k_proj", "add_v_proj"], [*norms, "norm_added_k"]
+        for name in linears:
+            made += linear(f"{attention}.{name}", width, width)
+        made += [ParameterShape(f"{attention}.{name}.weight", (width,)) for name in norms]
+    if config.cross_attn_norm:
+        made += [ParameterShape(f"norm2.{name}", (width,)) for name in ("weight", "bias")]
+    return [*made, *linear("ffn.net.0.proj", width, hidden), *linear("ffn.net.2", hidden, width)]
+
+
+def split_over(parameter: ParameterShape, tp: TensorParallel) -> ParameterShape:
+    """This tp rank's part of a parameter of a block."""
+    module, _, kind = parameter.name.rpartition(".")
+    style = next((style for suffix, style in SPLIT.items() if module.endswith(f".{suffix}")), None)
+    if style is None or tp.size == 1 or (style == "row" and kind == "bias"):
+        return parameter
+    dim = 1 if style == "row" else 0
+    sizes = list(parameter.shape)
+    sizes[dim] = even_parts(sizes[dim], tp.size)[tp.index]
+    return replace(parameter, shape=tuple(sizes), split=True)
