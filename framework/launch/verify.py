@@ -73,11 +73,15 @@ def parse_mesh(words: str) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+def names_fsdp2(words: str) -> bool:
+    """Whether a mesh is FSDP2's by its words."""
+    return "engine=fsdp2" in words.split(",")
+
+
 def build_variant(path: Path, overrides: Sequence[str], words: str, dtype: Dtype) -> Variant:
     """The recipe on a mesh, in a precision. In float64 FSDP2 stands in for DeepSpeed, whose masters are float32."""
     extra = [f"precision.parameters={dtype}"]
-    wants_deepspeed = "engine=fsdp2" not in words.split(",")
-    if dtype == "float64" and wants_deepspeed:
+    if dtype == "float64" and not names_fsdp2(words):
         extra += ["zero.engine=fsdp2", "zero.stage=3", "zero.offload=none"]
     return Variant(words, load_recipe(path, [*overrides, *parse_mesh(words), *extra]))
 
@@ -119,11 +123,21 @@ def judge(meshes: Sequence[str], found: Sequence[Observation], dtype: Dtype) -> 
     return [Row(meshes[0], None, True), *judged]
 
 
+def notes_of(meshes: Sequence[str], dtype: Dtype) -> list[str]:
+    """What of the words wasn't done as they say."""
+    if dtype != "float64" or all(names_fsdp2(words) for words in meshes):
+        return []
+    return ["in float64 fsdp2 stands in the place of DeepSpeed, whose masters are float32; no step is taken"]
+
+
 def report(rows: Sequence[Row], reference: Observation, *, dtype: Dtype, as_json: bool) -> None:
     """Print the table, or one JSON object."""
+    notes = notes_of([row.words for row in rows], dtype)
     if as_json:
-        log.line(json.dumps({"dtype": dtype, "rows": [asdict(row) for row in rows]}))
+        log.line(json.dumps({"dtype": dtype, "notes": notes, "rows": [asdict(row) for row in rows]}))
         return
+    for note in notes:
+        log.line(note)
     width = max(len(row.words) for row in rows)
     steps = len(reference.losses)
     log.line(f"{dtype}, {len(reference.samples)} samples, {steps} step{'s' if steps > 1 else ''}; relative errors:")

@@ -1,6 +1,8 @@
 """The degrees of parallelism."""
 
+import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 
@@ -66,10 +68,27 @@ def split_shape(shape: MeshShape, ring: int, ulysses: int) -> MeshShape:
     return MeshShape(ranks // (ring * ulysses), ring, ulysses, shape.tp)
 
 
+def nearest_shapes(config: MeshConfig, num_ranks: int, *, count: int = 3) -> list[MeshShape]:
+    """Meshes of `num_ranks` ranks, those first whose degrees are the least far, as factors, from the wanted ones."""
+    divisors = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
+    shapes = [
+        MeshShape(num_ranks // (ring * ulysses * tp), ring, ulysses, tp)
+        for ring, ulysses, tp in product(divisors, repeat=3)
+        if num_ranks % (ring * ulysses * tp) == 0
+    ]
+
+    def distance(shape: MeshShape) -> float:
+        pairs = [(shape.ring, config.ring), (shape.ulysses, config.ulysses), (shape.tp, config.tp)]
+        pairs += [] if config.dp == "auto" else [(shape.dp, config.dp)]
+        return sum(abs(math.log(got / wanted)) for got, wanted in pairs)
+
+    return sorted(shapes, key=distance)[:count]
+
+
 def resolve_mesh(config: MeshConfig, *, num_ranks: int | None, num_gpus: int = 0) -> MeshShape:
     """Degrees for the ranks that are there (num_ranks), else for the visible GPUs, else for one replica.
 
-    Raises ValueError with the equation, the values and the nearest world sizes, when they don't fit.
+    Raises ValueError with the equation, the values and the nearest meshes that work, when they don't fit.
     """
     replica = config.ring * config.ulysses * config.tp
     if config.dp != "auto":
@@ -84,8 +103,9 @@ def resolve_mesh(config: MeshConfig, *, num_ranks: int | None, num_gpus: int = 0
         fix = (
             f"mesh.dp={fits} uses {fits * replica} of the ranks" if fits else f"one replica alone needs {replica} ranks"
         )
+        nearest = "; ".join(str(mesh) for mesh in nearest_shapes(config, num_ranks))
         raise ValueError(
             f"dp * ring * ulysses * tp == world_size doesn't hold: {config.dp} * {config.ring} * {config.ulysses} * "
-            f"{config.tp} against {num_ranks} ranks; {fix}"
+            f"{config.tp} against {num_ranks} ranks; {fix}; the nearest meshes of {num_ranks} ranks: {nearest}"
         )
     return shape

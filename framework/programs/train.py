@@ -70,7 +70,6 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     stop = StopFlag()
     recipe = resolve_auto(invocation.recipe)
     mesh = build.open_mesh(recipe, env)
-    build.agree_on_recipe(recipe, mesh.control)
     newest = newest_checkpoint(checkpoints_of(recipe), mesh.shape, recipe.zero.stage) if mesh.rank == 0 else None
     (found,) = broadcast_object([newest], mesh.control)
     run = build.open_run(recipe, invocation.overrides, mesh)

@@ -15,7 +15,17 @@ ROWS: Final = (
     ("shapes", "keys"),  # nouns of integers, which configs name in their signatures
     ("*.config", "layers", "environment", "storage", "log"),
     ("recipe", "parallel.mesh", "parallel.fragments", "kernels"),
-    ("run", "batch", "parallel.collectives", "plan", "tokenizer", "text", "optim", "ema"),  # a run stores a recipe
+    (
+        "run",
+        "batch",
+        "parallel.collectives",
+        "parallel.fake",
+        "plan",
+        "tokenizer",
+        "text",
+        "optim",
+        "ema",
+    ),  # a run stores a recipe
     ("parallel.tensor_parallel", "parallel.context_parallel", "diffusion", "data"),
     ("models", "parallel.zero"),
     ("checkpoint", "metrics", "profiling", "evaluate", "curate"),

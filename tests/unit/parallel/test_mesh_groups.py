@@ -2,7 +2,7 @@
 
 import pytest
 
-from framework.parallel.config import MeshConfig, MeshShape, resolve_mesh
+from framework.parallel.config import MeshConfig, MeshShape, nearest_shapes, resolve_mesh
 from framework.parallel.mesh import GROUP_AXES, group_ranks
 
 SIXTEEN = MeshShape(dp=2, ring=2, ulysses=2, tp=2)
@@ -79,6 +79,23 @@ def test_dp_takes_what_is_there(config: MeshConfig, num_ranks: int | None, num_g
 def test_a_mesh_that_cannot_be_says_what_can(config: MeshConfig, num_ranks: int, message: str) -> None:
     with pytest.raises(ValueError, match=rf"dp \* ring \* ulysses \* tp == world_size doesn't hold: .*{message}"):
         resolve_mesh(config, num_ranks=num_ranks)
+
+
+@pytest.mark.parametrize(
+    ("config", "num_ranks", "first"),
+    [
+        (MeshConfig(tp=3), 8, MeshShape(2, 1, 1, 4)),  # 4 is 1.33 times away, 2 is 1.5 times
+        (MeshConfig(dp=2, ring=2, ulysses=2, tp=2), 32, MeshShape(4, 2, 2, 2)),
+        (MeshConfig(ulysses=8), 12, MeshShape(2, 1, 6, 1)),
+        (MeshConfig(ring=5), 7, MeshShape(1, 7, 1, 1)),
+    ],
+)
+def test_the_nearest_meshes_fill_the_ranks(config: MeshConfig, num_ranks: int, first: MeshShape) -> None:
+    with pytest.raises(ValueError, match=f"the nearest meshes of {num_ranks} ranks: ") as error:
+        resolve_mesh(config, num_ranks=num_ranks)
+    assert str(first) in str(error.value)
+    assert first in (nearest := nearest_shapes(config, num_ranks))
+    assert {shape.world_size for shape in nearest} == {num_ranks}
 
 
 @pytest.mark.parametrize("axis", ["dp", "ring", "ulysses", "tp"])
