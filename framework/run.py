@@ -208,7 +208,9 @@ def check_directory(path: Path) -> None:
 def recipe_diff(stored: Recipe, recipe_path: Path, started_with: list[str]) -> tuple[str, ...]:
     """Lines that tell how a recipe file differs from the run's stored recipe; empty when it doesn't."""
     file = load_recipe(recipe_path, [*started_with, f"optimizer.decay_steps={stored.optimizer.decay_steps}"])
-    file = resolve_auto(dataclasses.replace(file, run=stored.run))
+    # What auto stands for may differ on this machine; the run goes on with what it stood for then.
+    attention = stored.attention if file.attention.kernel == "auto" else file.attention
+    file = resolve_auto(dataclasses.replace(file, run=stored.run, attention=attention))
     old, new = to_yaml(stored).splitlines(), to_yaml(file).splitlines()
     diff = list(
         difflib.unified_diff(old, new, "the run's stored recipe (used)", f"{recipe_path} (ignored)", n=0, lineterm="")
