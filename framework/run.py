@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from framework.kernels.config import FLASH_DISTRIBUTIONS, installed_flash
 from framework.layers import apply_overrides
 from framework.recipe import (
     Recipe,
@@ -253,9 +254,10 @@ def lineage(path: Path, overrides: tuple[str, ...]) -> dict[str, object]:
         words = stored["overrides"]
         assert isinstance(words, list)
         return stored | {"overrides": [*words, *overrides]}
+    flash = [FLASH_DISTRIBUTIONS[generation] for generation in installed_flash()]
     packages = ("cuboid", "torch", "deepspeed", "mosaicml-streaming", "einops", "omegaconf", "numpy")
     return {
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: metadata.version(name) for name in (*packages, *flash)},
         "commit": git_commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "overrides": list(overrides),

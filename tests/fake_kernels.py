@@ -177,7 +177,7 @@ def fake_flash_attn_4(deterministic: bool) -> ModuleType:
         max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None, causal=False, softcap=None,
         return_lse=False, out=None, lse=None,
     ):  # fmt: skip
-        assert return_lse and softmax_scale == q.shape[-1] ** -0.5
+        assert return_lse and softmax_scale == q.shape[-1] ** -0.5 and not torch.compiler.is_compiling()
         most = (max_seqlen_q, max_seqlen_k)
         return (*flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, most), None, None, None)
 
@@ -248,7 +248,7 @@ def install_operators(monkeypatch: pytest.MonkeyPatch, *, stats_dim: int = 3) ->
 
     def cudnn(q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False):
         assert compute_log_sumexp and k.shape[2] >= 2
-        out, lse = biased_forward(q, k, v, attn_bias)
+        out, lse = biased_forward(q, k, v, spread(attn_bias, q, k))
         return out, lse if stats_dim == 3 else lse.unsqueeze(-1), None, None, q.shape[2], k.shape[2], None, None, None
 
     def cudnn_backward(
@@ -257,7 +257,8 @@ def install_operators(monkeypatch: pytest.MonkeyPatch, *, stats_dim: int = 3) ->
     ):  # fmt: skip
         assert (max_q, max_k, dropout_p, is_causal) == (q.shape[2], k.shape[2], 0.0, False)
         assert logsumexp.dim() == stats_dim and steps(grad_out) == steps(out)
-        return biased_backward(grad_out, Attended(q, k, v, out, logsumexp.reshape(q.shape[:3])), attn_bias)
+        attended = Attended(q, k, v, out, logsumexp.reshape(q.shape[:3]))
+        return biased_backward(grad_out, attended, spread(attn_bias, q, k))
 
     names = {
         "_flash_attention_forward": torch_flash,
@@ -269,6 +270,14 @@ def install_operators(monkeypatch: pytest.MonkeyPatch, *, stats_dim: int = 3) ->
     }
     for name, stand_in in names.items():
         monkeypatch.setattr(torch.ops.aten, name, stand_in)
+
+
+def spread(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """As cuDNN's operators do."""
+    if bias is None:
+        return None
+    assert bias.shape == (q.shape[0], 1, 1, k.shape[2]) and bias.dtype == q.dtype
+    return torch.nn.functional.pad(bias, (0, -k.shape[2] % 16))[..., : k.shape[2]].expand(*q.shape[:3], -1)
 
 
 def steps(x: Tensor) -> list[int]:

@@ -1,7 +1,8 @@
 """Attention by cuDNN, through torch's operators (attention.cu, MHA.cpp).
 
-Lengths are a mask of `B 1 1 L` that is added to the scores; a mask's gradient isn't asked for. The operators return
-softmax statistics `B H S` or `B H S 1`, depending on torch's release, and take back what they gave.
+Lengths are a mask of `B 1 1 L` that is added to the scores; the operators spread it over heads and queries, and its
+gradient isn't asked for. They return softmax statistics `B H S` or `B H S 1`, depending on torch's release, and take
+back what they gave.
 
 Shapes: `B` samples, `S` queries, `L` keys, `H` heads, `d` channels of a head.
 """
@@ -15,8 +16,6 @@ from framework.kernels.lengths import clear_empty, length_mask, mute_empty
 
 # cuDNN refuses a single key. A second one, hidden, changes nothing.
 MIN_KEYS = 2
-# Elements; what torch pads a mask to (attention.cpp, pad_bias).
-MASK_MULTIPLE = 16
 
 
 class CudnnAttention:
@@ -28,7 +27,7 @@ class CudnnAttention:
     def forward(
         self, q_bshd: Tensor, k_blhd: Tensor, v_blhd: Tensor, lengths_b: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        k_blhd, v_blhd, mask = with_enough_keys(q_bshd, k_blhd, v_blhd, lengths_b)
+        k_blhd, v_blhd, mask = with_enough_keys(k_blhd, v_blhd, lengths_b)
         q, k, v = (x.transpose(1, 2) for x in (q_bshd, k_blhd, v_blhd))
         out, stats, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, mask, True, 0.0, False, False)
         self._stats_dim = stats.dim()
@@ -40,7 +39,7 @@ class CudnnAttention:
         dout_bshd, attended = mute_empty(dout_bshd, attended, lengths_b)
         q_bshd, k_blhd, v_blhd, out_bshd, lse_bhs = attended
         num_keys = k_blhd.shape[1]
-        k_blhd, v_blhd, mask = with_enough_keys(q_bshd, k_blhd, v_blhd, lengths_b)
+        k_blhd, v_blhd, mask = with_enough_keys(k_blhd, v_blhd, lengths_b)
         # cuDNN wants the layout of out in dout, which comes as it likes.
         tensors = (dout_bshd.contiguous(), q_bshd, k_blhd, v_blhd, out_bshd.contiguous())
         dout, q, k, v, out = (x.transpose(1, 2) for x in tensors)
@@ -53,15 +52,11 @@ class CudnnAttention:
         return dq, dk[:, :num_keys], dv[:, :num_keys]
 
 
-def with_enough_keys(
-    q_bshd: Tensor, k_blhd: Tensor, v_blhd: Tensor, lengths_b: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """k, v and the mask as the operators take them: at least `MIN_KEYS` keys, and `B H S L` without storage for it."""
-    batch, num_queries, num_heads, _ = q_bshd.shape
+def with_enough_keys(k_blhd: Tensor, v_blhd: Tensor, lengths_b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """k and v of at least `MIN_KEYS` keys, and the mask `B 1 1 L`."""
     missing = MIN_KEYS - k_blhd.shape[1]
     if missing > 0:
         if lengths_b is None:
-            lengths_b = torch.full((batch,), k_blhd.shape[1], device=q_bshd.device)
+            lengths_b = torch.full((k_blhd.shape[0],), k_blhd.shape[1], device=k_blhd.device)
         k_blhd, v_blhd = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (k_blhd, v_blhd))
-    mask = length_mask(lengths_b, k_blhd.shape[1], q_bshd.dtype, multiple=MASK_MULTIPLE)
-    return k_blhd, v_blhd, None if mask is None else mask.expand(-1, num_heads, num_queries, -1)
+    return k_blhd, v_blhd, length_mask(lengths_b, k_blhd.shape[1], k_blhd.dtype)

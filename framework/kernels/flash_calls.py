@@ -78,7 +78,10 @@ class FlashAttn3:
 
 
 class FlashAttn4:
-    """See `flash.FlashCalls`. It compiles a kernel at the first call with a head dimension or dtype (seconds)."""
+    """See `flash.FlashCalls`. It compiles a kernel at the first call with a head dimension or dtype (seconds).
+
+    2 and 3 are operators that torch.compile takes as they are; 4 is Python that it must not look into.
+    """
 
     def __init__(self, *, deterministic: bool) -> None:
         from flash_attn.cute import interface
@@ -86,12 +89,14 @@ class FlashAttn4:
         self._package: Any = interface
         self._deterministic = deterministic
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
         out, lse, *_ = self._package._flash_attn_fwd(
             q, k, v, softmax_scale=q.shape[-1] ** -0.5, return_lse=True, **offsets(segments)
         )
         return out, lse
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def backward(self, dout: Tensor, attended: Attended, segments: Segments | None) -> Gradients:
         q, k, v, out, lse = attended
         dq, dk, dv = self._package._flash_attn_bwd(

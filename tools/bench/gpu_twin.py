@@ -163,14 +163,13 @@ def predicted(result: Result, given: argparse.Namespace) -> list[tuple[str, floa
     assert result.measured is not None
     precision = PrecisionConfig(parameters=given.dtype).default
     world, sent = result.cell.world, dict(result.measured.sent)
-    total = result.measured.num_parameters * world
     each = 2 * SIZES[precision.compute] + SIZES[precision.reduce]
     rows = []
     for name in ("ulysses", "ring"):
         if sent.get(name):
             bandwidth = given.link if name == "ulysses" else given.network
             rows.append((name, float(sent[name]), sent[name] / bandwidth / 1e9))
-    zero = total * each * (world - 1) / world
+    zero = result.measured.num_parameters * each * (world - 1) / world
     bandwidth = given.link if world <= LINK_DOMAIN else given.network
     return [*rows, ("zero", zero, zero / bandwidth / 1e9)]
 
@@ -267,11 +266,15 @@ def main() -> None:
         f"{given.model} on one {name}, torch {torch.__version__}, {given.engine} stage 3, {given.dtype}, recompute "
         f"{given.recompute}, kernel {recipe.attention.kernel}, one sample a replica"
     )
-    results = [run_apart(sys.argv[1:], cell) for cell in cells]
+    results = []
+    for cell in cells:
+        print(f"{cell.tokens} tokens, {cell.world} GPUs, cp {cell.cp} ...", file=sys.stderr, flush=True)
+        results.append(run_apart(sys.argv[1:], cell))
     print_table(results, given)
     if given.json:
         options = {name: str(value) for name, value in vars(given).items()}
-        given.json.write_text(json.dumps({"options": options, "results": [asdict(r) for r in results]}, indent=1))
+        rows = [asdict(r) | {"predicted": predicted(r, given) if r.measured else None} for r in results]
+        given.json.write_text(json.dumps({"options": options, "results": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from framework.batch import Condition, Noised
 from framework.diffusion.flow import Flow
+from framework.ema import Ema
 from framework.models.config import ModelConfig
 from framework.models.patchify import patchify
 from framework.parallel.collectives import num_bytes
@@ -120,8 +121,8 @@ def draw_batch(work: Work, device: torch.device) -> tuple[Noised, Condition]:
     return noised, Condition(torch.randn(1, work.text, model.text_dim, device=device))
 
 
-def build_step(recipe: Recipe, mesh: Mesh, engine: Engine, work: Work) -> Callable[[], None]:
-    """A step as the training loop makes it: tokens, forward, loss, backward, update; one micro-batch."""
+def build_step(recipe: Recipe, mesh: Mesh, engine: Engine, work: Work, *, ema: Ema) -> Callable[[], None]:
+    """A step as the training loop makes it: tokens, forward, loss, backward, update, average; one micro-batch."""
     flow: Flow = build.build_flow(recipe)
     noised, condition = draw_batch(work, build.this_device())
     count = flow.global_count((mesh.dp.size,), [work.latent], work.model.out_channels)
@@ -132,6 +133,7 @@ def build_step(recipe: Recipe, mesh: Mesh, engine: Engine, work: Work) -> Callab
         engine.backward(loss, global_count=count, last=True)
         stats = engine.step(lr=LR)
         assert not stats.skipped, "the gradient's norm isn't finite, so nothing was updated"
+        ema.update(step=1)
 
     return step
 
@@ -143,7 +145,8 @@ def measure(recipe: Recipe, shape: MeshShape, work: Work, *, num_steps: int, war
         model, shards = build.build_model(recipe, mesh)
         engine = build.build_engine(recipe, model, shards, mesh)
         draw_weights(engine)
-        step = build_step(recipe, mesh, engine, work)
+        ema = Ema(engine.fragments(), recipe.ema)
+        step = build_step(recipe, mesh, engine, work, ema=ema)
         for _ in range(warmup):
             step()
         before = sent_by_group(mesh)

@@ -42,6 +42,9 @@ def test_a_rank_of_a_ring_of_ulysses(tmp_path: Path, engine: str) -> None:
     measured = result["measured"]
     assert measured["sent"]["ulysses"] == 2 * 8 * 5 * 64 * 7 // 8 * 4
     assert measured["sent"]["ring"] == 2 * 3 * 2 * 40 * 8 * 4
+    assert measured["num_parameters"] == 131_216
+    zero = {name: sent for name, sent, _ in result["predicted"]}["zero"]
+    assert zero == 131_216 * (4 + 4 + 4) * 15 / 16
     assert len(measured["seconds"]) == 2 and measured["reserved"] is None
     assert "dp=1 ring=2 ulysses=8" in text and "of the ceiling" in text and "predicted, apart" in text
 

@@ -96,6 +96,21 @@ def test_flash_is_told_to_be_deterministic(build: Build, generation: int) -> Non
         kernel.backward(dout, Attended(q, k, v, out, lse), lengths)
 
 
+@pytest.mark.parametrize("name", ["flash 2", "flash 4", "cudnn 3"])
+def test_attend_in_a_compiled_block(build: Build, name: str) -> None:
+    """As cross-attention stands in a block that torch.compile has seen."""
+    kernel, (q, k, v, dout) = build(name), draw(4, 5)
+    leaves = [x.contiguous().requires_grad_() for x in (q, k, v)]
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return 2 * attend(kernel, q * 1.0, k, v, LENGTHS)
+
+    results = [
+        torch.autograd.grad(run(*leaves), leaves, dout) for run in (block, torch.compile(block, backend="eager"))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_segments_by_hand() -> None:
     segments = padding_apart(torch.tensor([3, 0, 5]), 4, 5)
     assert segments.queries.tolist() == [0, 4, 4, 8, 8, 12, 12]
