@@ -183,7 +183,7 @@ def launch(recipe: Recipe, arguments: list[str]) -> None:
 
 def train_rank(invocation: Resolved, env: Environment) -> None:
     """One rank's part."""
-    check_start(invocation.recipe, num_ranks=env.world_size)
+    check_start(invocation.recipe, num_ranks=env.world_size, num_gpus=visible_gpus())
     from framework.programs.train import train as run_train
 
     verdict = run_train(invocation, env)

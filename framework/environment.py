@@ -79,12 +79,16 @@ def be_first_rank() -> None:
 
 
 def visible_gpus() -> int:
-    """GPUs of this machine that a process would see, counted without importing torch."""
+    """GPUs of this machine that a process would see, counted without importing torch: those it is told of, else the
+    driver's, else the device files that a container was given.
+    """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return len([name for name in listed.split(",") if name.strip() not in ("", "-1")])
     folder = Path("/proc/driver/nvidia/gpus")
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
+    if folder.is_dir():
+        return len(list(folder.iterdir()))
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 class StopFlag:

@@ -19,8 +19,15 @@ from omegaconf.errors import OmegaConfBaseException
 from framework.checkpoint.config import CheckpointConfig
 from framework.data.config import DataConfig
 from framework.diffusion.config import FlowConfig, LossConfig, SamplerConfig, SamplesConfig
+from framework.environment import visible_gpus
 from framework.evaluate.config import ValidationConfig
-from framework.kernels.config import AttentionConfig, resolve_attention
+from framework.kernels.config import (
+    AttentionConfig,
+    AttentionNeeds,
+    check_attention,
+    installed_flash,
+    resolve_attention,
+)
 from framework.layers import Tree, apply_overrides, read_layers
 from framework.models.config import ExecutionConfig, ModelConfig
 from framework.parallel.config import MeshConfig
@@ -279,11 +286,28 @@ def bucket_tokens(recipe: Recipe, index: int) -> TokenShape:
 
 
 def resolve_auto(recipe: Recipe) -> Recipe:
-    """Resolve every `auto` that a later attempt must not choose otherwise. mesh.dp alone stays auto."""
+    """Resolve, for this machine, every `auto` that a later attempt must not choose otherwise. mesh.dp stays auto."""
     optimizer = recipe.optimizer
     if optimizer.decay_steps == "auto":
         optimizer = dataclasses.replace(optimizer, decay_steps=recipe.train.steps)
-    return dataclasses.replace(recipe, optimizer=optimizer, attention=resolve_attention(recipe.attention))
+    needs = attention_needs(recipe, num_gpus=visible_gpus())
+    attention = resolve_attention(recipe.attention, needs, installed_flash())
+    return dataclasses.replace(recipe, optimizer=optimizer, attention=attention)
+
+
+def attention_needs(recipe: Recipe, *, num_gpus: int) -> AttentionNeeds:
+    """What the recipe asks of its attention kernel. num_gpus: that are visible where it runs."""
+    return AttentionNeeds(
+        dtype=recipe.precision.default.compute,
+        head_dim=recipe.model.attention_head_dim,
+        deterministic=recipe.train.deterministic,
+        has_gpu=num_gpus > 0,
+    )
+
+
+def check_kernel(recipe: Recipe, *, num_gpus: int) -> None:
+    """Whether the attention kernel can do here what the recipe needs. Raises ValueError."""
+    check_attention(recipe.attention, attention_needs(recipe, num_gpus=num_gpus), installed_flash())
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from framework.kernels.config import FLASH_DISTRIBUTIONS, installed_flash
 from framework.layers import apply_overrides
 from framework.recipe import (
     Recipe,
@@ -209,7 +210,9 @@ def check_directory(path: Path) -> None:
 def recipe_diff(stored: Recipe, recipe_path: Path, started_with: list[str]) -> tuple[str, ...]:
     """Lines that tell how a recipe file differs from the run's stored recipe; empty when it doesn't."""
     file = load_recipe(recipe_path, [*started_with, f"optimizer.decay_steps={stored.optimizer.decay_steps}"])
-    file = resolve_auto(dataclasses.replace(file, run=stored.run))
+    # What auto stands for may differ on this machine; the run goes on with what it stood for then.
+    attention = stored.attention if file.attention.kernel == "auto" else file.attention
+    file = resolve_auto(dataclasses.replace(file, run=stored.run, attention=attention))
     old, new = to_yaml(stored).splitlines(), to_yaml(file).splitlines()
     diff = list(
         difflib.unified_diff(old, new, "the run's stored recipe (used)", f"{recipe_path} (ignored)", n=0, lineterm="")
@@ -258,9 +261,10 @@ def lineage(path: Path, overrides: tuple[str, ...]) -> dict[str, object]:
         words = stored["overrides"]
         assert isinstance(words, list)
         return stored | {"overrides": [*words, *overrides]}
+    flash = [FLASH_DISTRIBUTIONS[generation] for generation in installed_flash()]
     packages = ("cuboid", "torch", "deepspeed", "mosaicml-streaming", "einops", "omegaconf", "numpy")
     return {
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: metadata.version(name) for name in (*packages, *flash)},
         "commit": git_commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "overrides": list(overrides),

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from framework.kernels.aten import AtenAttention
 from framework.kernels.attended import Attended
-from framework.kernels.config import AttentionConfig, resolve_attention
+from framework.kernels.config import AttentionConfig
+from framework.kernels.cudnn import CudnnAttention
+from framework.kernels.flash import build_flash
 from framework.kernels.reference import ReferenceAttention
 
 
@@ -62,12 +64,18 @@ def attend(kernel: AttentionKernel, q_bshd: Tensor, k_blhd: Tensor, v_blhd: Tens
     return out
 
 
-def build_attention(config: AttentionConfig) -> AttentionKernel:
-    """The kernel that `config` names, with `auto` resolved."""
-    match resolve_attention(config).kernel:
+def build_attention(config: AttentionConfig, *, deterministic: bool = False) -> AttentionKernel:
+    """The kernel that `config` names; `auto` must be resolved. deterministic: a backward that sums in a fixed order,
+    by a kernel that has one (`check_attention`).
+    """
+    match config.kernel:
+        case "flash":
+            return build_flash(deterministic=deterministic)
+        case "cudnn":
+            return CudnnAttention()
         case "aten":
             return AtenAttention()
         case "reference":
             return ReferenceAttention()
         case other:
-            raise AssertionError(f"RESOLVED names the kernel {other!r}, which has no arm here")
+            raise AssertionError(f"the kernel {other!r} has no arm here: auto is resolved where a run starts")

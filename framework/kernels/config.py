@@ -1,32 +1,173 @@
 """Which implementation computes attention, as data.
 
-`auto` is an alias that is resolved once, before a run starts, by the table below; the resolved name is what the run's
-recipe records, so that a later attempt computes the same numbers.
+`ROWS` says what each kernel can do on a device; everything that is chosen or refused follows from it. `auto` is an
+alias that is resolved once, before a run starts, to the first row that fits; the resolved name is what the run's recipe
+records, so that a later attempt computes the same numbers.
+
+Where the columns come from: flash-attn and torch's own flash take a `deterministic` argument in their backward (torch
+reads `use_deterministic_algorithms`); torch's memory-efficient backward, float32 on a GPU, then doesn't split the keys;
+for cuDNN's backward torch has no such mode, and leaves it out itself under deterministic algorithms (sdp_utils.cpp).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from types import MappingProxyType
 from typing import Final, Literal
 
-KernelName = Literal["auto", "aten", "reference"]
+KernelName = Literal["auto", "flash", "cudnn", "aten", "reference"]
+Device = Literal["cuda", "cpu"]
 
-RESOLVED: Final[Mapping[KernelName, KernelName]] = MappingProxyType(
-    {"auto": "aten", "aten": "aten", "reference": "reference"}
+NAMES: Final = ("auto", "flash", "cudnn", "aten", "reference")
+# flash-attn's generations -> the distribution that brings them. All three may name their package flash_attn, so it is
+# the distribution that is asked for.
+FLASH_DISTRIBUTIONS: Final[Mapping[int, str]] = MappingProxyType(
+    {2: "flash-attn", 3: "flash-attn-3", 4: "flash-attn-4"}
+)
+# Major compute capability -> generations, the fastest first. 3 is written for Hopper, 4 for Hopper and Blackwell (and
+# has no backward below); 2 runs everywhere, at little more than half of 3's speed on Hopper.
+FLASH_ORDER: Final[Mapping[int, tuple[int, ...]]] = MappingProxyType(
+    {8: (2, 3), 9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (4, 2)}
+)
+
+
+HALF: Final = ("bfloat16",)
+ALL: Final = ("bfloat16", "float32", "float64")
+ANY: Final = 1 << 16
+# The fields of `Row`. In auto's order, which is that of measured speed on H100 (full attention, 32k tokens, d = 128,
+# bfloat16, forward and backward in TFLOP/s: flash-attn 3 701 and 600, cuDNN 618 and 534, flash-attn 2, which torch's
+# own is too, 376 and 335).
+ROWS: Final[tuple[tuple[KernelName, Device, tuple[str, ...], bool, int, int], ...]] = (
+    ("flash", "cuda", HALF, True, 8, 256),
+    ("cudnn", "cuda", HALF, False, 8, 128),
+    ("aten", "cuda", HALF, True, 8, 256),
+    ("aten", "cuda", ("float32",), True, 4, ANY),
+    ("aten", "cpu", ALL, True, 1, ANY),
+    ("reference", "cuda", ALL, True, 1, ANY),
+    ("reference", "cpu", ALL, True, 1, ANY),
 )
 
 
 @dataclass(frozen=True)
+class Row:
+    """What a `kernel` does on a `device`.
+
+    dtypes: of q, k and v. deterministic: whether its backward can be. head_multiple, head_max: channels of a head.
+    """
+
+    kernel: KernelName
+    device: Device
+    dtypes: tuple[str, ...]
+    deterministic: bool
+    head_multiple: int
+    head_max: int
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
-    """`kernel`: `aten` is torch's `scaled_dot_product_attention`; `reference` a plain softmax, slow and for checks."""
+    """`kernel`: `flash` is flash-attn 2, 3 or 4, whichever is installed; `cudnn` cuDNN's; `aten` torch's own;
+    `reference` a plain softmax, slow and for checks. auto: the fastest that is there and can do what the recipe needs.
+    """
 
     kernel: KernelName = "auto"
 
     def __post_init__(self) -> None:
-        if self.kernel not in RESOLVED:
-            raise ValueError(f"attention kernel {self.kernel!r} is unknown: choose one of {', '.join(RESOLVED)}")
+        if self.kernel not in NAMES:
+            raise ValueError(f"attention kernel {self.kernel!r} is unknown: choose one of {', '.join(NAMES)}")
 
 
-def resolve_attention(config: AttentionConfig) -> AttentionConfig:
-    """The same config with `auto` replaced by the kernel that it stands for."""
-    return replace(config, kernel=RESOLVED[config.kernel])
+@dataclass(frozen=True)
+class AttentionNeeds:
+    """What a run asks of its kernel.
+
+    dtype: what q, k and v are computed in. head_dim: channels of a head. deterministic: the backward must sum in a
+    fixed order. has_gpu: where it runs.
+    """
+
+    dtype: str
+    head_dim: int
+    deterministic: bool
+    has_gpu: bool
+
+    @property
+    def device(self) -> Device:
+        return "cuda" if self.has_gpu else "cpu"
+
+
+def installed_flash() -> tuple[int, ...]:
+    """The generations of flash-attn that are installed, found without importing them (they import torch)."""
+    found = []
+    for generation, distribution in FLASH_DISTRIBUTIONS.items():
+        try:
+            metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        found.append(generation)
+    return tuple(found)
+
+
+def all_rows() -> list[Row]:
+    """The table."""
+    return [Row(*fields) for fields in ROWS]
+
+
+def resolve_attention(config: AttentionConfig, needs: AttentionNeeds, flash: tuple[int, ...]) -> AttentionConfig:
+    """The same config with `auto` replaced by the kernel that it stands for. flash: what `installed_flash` found."""
+    if config.kernel != "auto":
+        return config
+    fits = (row.kernel for row in all_rows() if row.device == needs.device and not shortcomings(row, needs, flash))
+    return replace(config, kernel=next(fits))
+
+
+def check_attention(config: AttentionConfig, needs: AttentionNeeds, flash: tuple[int, ...]) -> None:
+    """Raises ValueError when the kernel can't do what is needed, with every reason and the kernel that can."""
+    if config.kernel == "auto":
+        return
+    here = [row for row in all_rows() if row.kernel == config.kernel and row.device == needs.device]
+    reasons = [shortcomings(row, needs, flash) for row in here]
+    if here and not all(reasons):
+        return
+    if not here:
+        row = next(row for row in all_rows() if row.kernel == config.kernel)
+        reasons = [["it needs a GPU, and none is visible here", *shortcomings(row, needs, flash)]]
+    fewest = min(reasons, key=lambda found: len(found))
+    can = resolve_attention(AttentionConfig(), needs, flash).kernel
+    raise ValueError(f"attention.kernel={config.kernel}: {'; '.join(fewest)}; attention.kernel={can} can")
+
+
+def shortcomings(row: Row, needs: AttentionNeeds, flash: tuple[int, ...]) -> list[str]:
+    """What the row lacks of what is needed, and what would help."""
+    found = []
+    if row.kernel == "flash" and not flash:
+        found.append(
+            f"none of {', '.join(FLASH_DISTRIBUTIONS.values())} is installed: `pip install flash-attn-4` (Hopper, "
+            "Blackwell) or `pip install flash-attn --no-build-isolation`"
+        )
+    if needs.dtype not in row.dtypes:
+        found.append(f"it computes in {', '.join(row.dtypes)}, not in precision.parameters={needs.dtype}")
+    if needs.head_dim % row.head_multiple or needs.head_dim > row.head_max:
+        most = f" and at most {row.head_max}" if needs.head_dim > row.head_max else ""
+        found.append(
+            f"it needs model.attention_head_dim % {row.head_multiple} == 0{most}, and that is {needs.head_dim}"
+        )
+    if needs.deterministic and not row.deterministic:
+        found.append("its backward isn't deterministic, which train.deterministic asks for")
+    return found
+
+
+def choose_flash(installed: tuple[int, ...], capability: tuple[int, int], *, deterministic: bool) -> int:
+    """The generation of flash-attn to use on a GPU. Raises ValueError when none of those installed runs there."""
+    major, minor = capability
+    # flash-attn-4 asserts this away on 12.x.
+    left_out = {4} if deterministic and major == 12 else set()
+    fits = [generation for generation in FLASH_ORDER.get(major, ()) if generation not in left_out]
+    for generation in fits:
+        if generation in installed:
+            return generation
+    have = ", ".join(FLASH_DISTRIBUTIONS[generation] for generation in installed) or "none"
+    need = " or ".join(FLASH_DISTRIBUTIONS[generation] for generation in fits)
+    fix = f"install {need}, or set attention.kernel=aten" if fits else "set attention.kernel=aten"
+    raise ValueError(
+        f"attention.kernel=flash: of flash-attn is installed: {have}; it has no{' deterministic' * deterministic} "
+        f"backward for this GPU's compute capability {major}.{minor}: {fix}"
+    )

@@ -1,4 +1,4 @@
-"""What is refused before any rank starts: the mesh, the checkpoint to resume from, the data. Imports no torch."""
+"""What is refused before any rank starts: mesh, kernel, checkpoint to resume from, data. Imports no torch."""
 
 import os
 
@@ -6,7 +6,7 @@ from framework.checkpoint.commit import newest_checkpoint
 from framework.data.buckets import bucket_views, check_held_out, open_streams
 from framework.data.config import StreamConfig
 from framework.parallel.config import MeshShape, resolve_mesh, split_shape
-from framework.recipe import Recipe, bucket_degrees
+from framework.recipe import Recipe, bucket_degrees, check_kernel
 from framework.run import checkpoints_of
 from framework.tokenizer.config import tokenizer_version
 
@@ -14,11 +14,15 @@ from framework.tokenizer.config import tokenizer_version
 RANKS_A_CORE = 8
 
 
-def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int = 0) -> MeshShape:
-    """The resolved mesh of a start that can work. Raises ValueError with what can't, the values and the fix."""
+def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> MeshShape:
+    """The resolved mesh of a start that can work. Raises ValueError with what can't, the values and the fix.
+
+    num_gpus: that each of its machines shows.
+    """
     shape = resolve_mesh(recipe.mesh, num_ranks=num_ranks, num_gpus=num_gpus)
     for index in range(len(recipe.data.buckets)):
         split_shape(shape, *bucket_degrees(recipe, index))
+    check_kernel(recipe, num_gpus=num_gpus)
     newest_checkpoint(checkpoints_of(recipe), shape, recipe.zero.stage)
     version = tokenizer_version(recipe.tokenizer)
     streams = open_streams(recipe.data.streams, tokenizer_version=version)

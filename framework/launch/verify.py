@@ -98,7 +98,7 @@ def run_here(variants: Sequence[Variant], folder: Path, *, steps: int) -> list[O
     """Run each variant on ranks of this machine. Raises ValueError before any where one of them can't be."""
     num_gpus = visible_gpus()
     for variant in variants:
-        shape = check_start(variant.recipe, num_ranks=variant.world_size)
+        shape = check_start(variant.recipe, num_ranks=variant.world_size, num_gpus=num_gpus)
         check_machine(shape, num_gpus=num_gpus)
     found = []
     for index, variant in enumerate(variants):

@@ -125,7 +125,8 @@ def open_run(recipe: Recipe, overrides: tuple[str, ...], mesh: Mesh) -> Run:
 def build_model(recipe: Recipe, mesh: Mesh) -> tuple[nn.Module, list[ParameterShard]]:
     """The transformer on the meta device, and what this rank holds of each parameter."""
     with torch.device("meta"):
-        model = DiT(recipe.model, build_attention(recipe.attention))
+        kernel = build_attention(recipe.attention, deterministic=recipe.train.deterministic)
+        model = DiT(recipe.model, kernel)
     return model, parallelize(model, mesh, recipe.execution)
 
 

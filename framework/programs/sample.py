@@ -12,13 +12,14 @@ from framework.checkpoint.commit import Found, newest_of_run
 from framework.checkpoint.dcp import load_fragments
 from framework.diffusion.video_file import write_contact_sheet, write_mp4
 from framework.kernels.attention import build_attention
+from framework.kernels.config import AttentionConfig
 from framework.models.dit import DiT
 from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import lone_mesh
 from framework.parallel.zero.engine import predict
 from framework.programs import build
 from framework.programs.generate import Generator
-from framework.recipe import Recipe
+from framework.recipe import Recipe, resolve_auto
 from framework.run import recipe_of_run
 
 
@@ -72,8 +73,10 @@ def sample(path: Path, request: SampleRequest) -> str:
 @torch.no_grad()
 def load_model(recipe: Recipe, found: Found, *, weights: Literal["ema", "raw"], device: torch.device) -> DiT:
     """The transformer in the recipe's precision. Reads one tensor's fp32 values at a time into their place."""
+    # Not the run's kernel, which may need a GPU or a package that isn't here, but what this machine has.
+    here = resolve_auto(replace(recipe, attention=AttentionConfig()))
     with torch.device("meta"):
-        model = DiT(recipe.model, build_attention(recipe.attention))
+        model = DiT(recipe.model, build_attention(here.attention))
     model.to_empty(device="cpu")
     state = "ema" if weights == "ema" else "model"
     fragments = [

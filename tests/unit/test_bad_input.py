@@ -200,3 +200,29 @@ def test_the_launcher_ends_with_the_status_of_its_ranks(tiny_recipe: Path, tmp_p
     (tmp_path / "file").touch()
     answer = cuboid("train", str(tiny_recipe), "run=file/run", folder=tmp_path)
     assert answer.status != 0 and answer.message
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["attention.kernel=cudnn"], ["attention.kernel=cudnn", "needs a GPU", "attention.kernel=aten can"]),
+        (["attention.kernel=flash"], ["needs a GPU", "flash-attn-4", "pip install", "attention.kernel=aten can"]),
+        (["attention.kernel=flashy"], ["attention.kernel", "flashy"]),
+    ],
+    ids=lambda value: value[0] if "=" in value[0] else "",
+)
+def test_a_kernel_that_is_not_here(tiny_recipe: Path, tmp_path: Path, words: list[str], parts: list[str]) -> None:
+    """A machine without GPUs, by its environment, and without flash-attn, by what the tests install."""
+    message = refused("train", str(tiny_recipe), *words, folder=tmp_path, environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert [part for part in parts if part not in message] == []
+    message = refused(
+        "verify", str(tiny_recipe), *words, "--mesh", "dp=1", folder=tmp_path, environment={"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert [part for part in parts if part not in message] == []
+
+
+def test_a_machine_with_gpus_but_without_flash_attn(tiny_recipe: Path, tmp_path: Path) -> None:
+    """The check comes before any rank, and so before torch finds that there is no such GPU."""
+    words = ["attention.kernel=flash", "precision.parameters=bfloat16", "model.attention_head_dim=32"]
+    message = refused("train", str(tiny_recipe), *words, folder=tmp_path, environment={"CUDA_VISIBLE_DEVICES": "0"})
+    assert "is installed: `pip install flash-attn-4`" in message and "attention.kernel=cudnn can" in message

@@ -50,7 +50,7 @@ def ring_forward(
         there = valid[(group.index - step) % group.size]
         if here and there:
             block = kernel.forward(q, k[:, :there], v[:, :there], None)
-            merged = block if merged is None else merge(merged, block, precise)
+            merged = merge(merged, block) if merged is not None else start(block, group, precise)
         if receive is not None:
             held = receive()
             k, v = held.unbind(0)
@@ -85,17 +85,20 @@ def ring_backward(
         there = valid[(group.index - step) % group.size]
         if here and there:
             dq, dk, dv = kernel.backward(dout, Attended(q, k[:, :there], v[:, :there], out, lse), None)
-            share = pad_tokens(dk, k.shape[1]), pad_tokens(dv, v.shape[1])
-            if group.size > 1:
-                dq = dq.to(lse.dtype)
-            dq_bshd = dq if dq_bshd is None else dq_bshd + dq
+            dq_bshd = add_query_gradient(dq_bshd, dq, group, lse.dtype)
         else:
-            share = torch.zeros_like(k_bshd), torch.zeros_like(v_bshd)
+            dk, dv = k_bshd[:, :0], v_bshd[:, :0]
         if step == 0:
-            own = share
+            own = pad_tokens(dk, k.shape[1]), pad_tokens(dv, v.shape[1])
+        elif coming is None:
+            coming = ring_exchange(
+                torch.stack([pad_tokens(dk, k.shape[1]), pad_tokens(dv, v.shape[1])]), group, "ring_gradients"
+            )
         else:
-            travelling = torch.stack(share)
-            coming = ring_exchange(travelling if coming is None else travelling + coming(), group, "ring_gradients")
+            travelling = coming()
+            for sum_bshd, share in zip(travelling, (dk, dv), strict=True):
+                sum_bshd[:, : share.shape[1]] += share
+            coming = ring_exchange(travelling, group, "ring_gradients")
         if receive is not None:
             held = receive()
             k, v = held.unbind(0)
@@ -118,10 +121,25 @@ def send_onward(held: Tensor | None, group: Group, *, last: bool) -> Callable[[]
     return None if last or held is None else ring_exchange(held, group, "ring")
 
 
-def merge(a: Pair, b: Pair, dtype: torch.dtype) -> Pair:
-    """Output and log-sum-exp over both key blocks."""
-    lse_bhs = torch.logaddexp(a[1], b[1])
-    shares = (rearrange((lse - lse_bhs).exp(), "b h s -> b s h 1") for _, lse in (a, b))
-    out_bshd = sum(out.to(dtype) * share for (out, _), share in zip((a, b), shares, strict=True))
-    assert isinstance(out_bshd, Tensor)
-    return out_bshd, lse_bhs
+def start(block: Pair, group: Group, dtype: torch.dtype) -> Pair:
+    """The first block, in the dtype that others are merged in where there are any."""
+    out_bshd, lse_bhs = block
+    return (out_bshd.to(dtype) if group.size > 1 else out_bshd), lse_bhs
+
+
+def merge(merged: Pair, block: Pair) -> Pair:
+    """Output and log-sum-exp over both key blocks, `merged`'s output being written over.
+
+    Two passes over the output, and the block's is read in its own dtype: of a memory-bound step, passes are the price.
+    """
+    lse_bhs = torch.logaddexp(merged[1], block[1])
+    kept, added = (rearrange((lse - lse_bhs).exp(), "b h s -> b s h 1") for lse in (merged[1], block[1]))
+    return merged[0].mul_(kept).addcmul_(block[0], added), lse_bhs
+
+
+def add_query_gradient(sum_bshd: Tensor | None, dq_bshd: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """The sum over the blocks so far, in `dtype` where there are several."""
+    if sum_bshd is None:
+        return dq_bshd.to(dtype) if group.size > 1 else dq_bshd
+    sum_bshd += dq_bshd
+    return sum_bshd

@@ -34,7 +34,7 @@ BATCH, TEXT = 2, 5
 
 
 def build(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> DiT:
-    model = DiT(config, build_attention(AttentionConfig()))
+    model = DiT(config, build_attention(AttentionConfig("aten")))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in model.parameters():
@@ -173,7 +173,7 @@ def test_bf16_keeps_time_and_norms_in_float32() -> None:
 )
 def test_it_builds_and_runs_on_meta(config: ModelConfig) -> None:
     with torch.device("meta"):
-        model = DiT(config, build_attention(AttentionConfig()))
+        model = DiT(config, build_attention(AttentionConfig("aten")))
     assert list(model.buffers()) == [] and all(value.is_meta for value in model.parameters())
     assert {k: v.shape for k, v in model.state_dict().items()} == {
         k: v.shape for k, v in build(config).state_dict().items()
@@ -234,7 +234,7 @@ def test_initial_values_follow_the_table() -> None:
     with torch.device("meta"):
         shapes = {
             name: tuple(value.shape)
-            for name, value in DiT(config, build_attention(AttentionConfig())).named_parameters()
+            for name, value in DiT(config, build_attention(AttentionConfig("aten"))).named_parameters()
         }
     draw = lambda name: init_tensor(name, shapes[name], torch.Generator().manual_seed(3), config)  # noqa: E731
     values = {name: draw(name) for name in shapes}
