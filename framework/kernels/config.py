@@ -31,23 +31,6 @@ FLASH_ORDER: Final[Mapping[int, tuple[int, ...]]] = MappingProxyType(
 )
 
 
-HALF: Final = ("bfloat16",)
-ALL: Final = ("bfloat16", "float32", "float64")
-ANY: Final = 1 << 16
-# The fields of `Row`. In auto's order, which is that of measured speed on H100 (full attention, 32k tokens, d = 128,
-# bfloat16, forward and backward in TFLOP/s: flash-attn 3 701 and 600, cuDNN 618 and 534, flash-attn 2, which torch's
-# own is too, 376 and 335).
-ROWS: Final[tuple[tuple[KernelName, Device, tuple[str, ...], bool, int, int], ...]] = (
-    ("flash", "cuda", HALF, True, 8, 256),
-    ("cudnn", "cuda", HALF, False, 8, 128),
-    ("aten", "cuda", HALF, True, 8, 256),
-    ("aten", "cuda", ("float32",), True, 4, ANY),
-    ("aten", "cpu", ALL, True, 1, ANY),
-    ("reference", "cuda", ALL, True, 1, ANY),
-    ("reference", "cpu", ALL, True, 1, ANY),
-)
-
-
 @dataclass(frozen=True)
 class Row:
     """What a `kernel` does on a `device`.
@@ -61,6 +44,23 @@ class Row:
     deterministic: bool
     head_multiple: int
     head_max: int
+
+
+HALF: Final = ("bfloat16",)
+ALL: Final = ("bfloat16", "float32", "float64")
+ANY: Final = 1 << 16
+# In auto's order, which is that of measured speed on H100 (full attention, 32k tokens, d = 128,
+# bfloat16, forward and backward in TFLOP/s: flash-attn 3 701 and 600, cuDNN 618 and 534, flash-attn 2, which torch's
+# own is too, 376 and 335).
+ROWS: Final = (
+    Row("flash", "cuda", HALF, True, 8, 256),
+    Row("cudnn", "cuda", HALF, False, 8, 128),
+    Row("aten", "cuda", HALF, True, 8, 256),
+    Row("aten", "cuda", ("float32",), True, 4, ANY),
+    Row("aten", "cpu", ALL, True, 1, ANY),
+    Row("reference", "cuda", ALL, True, 1, ANY),
+    Row("reference", "cpu", ALL, True, 1, ANY),
+)
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,11 @@ def installed_flash() -> tuple[int, ...]:
     return tuple(found)
 
 
-def all_rows() -> list[Row]:
-    """The table."""
-    return [Row(*fields) for fields in ROWS]
-
-
 def resolve_attention(config: AttentionConfig, needs: AttentionNeeds, flash: tuple[int, ...]) -> AttentionConfig:
     """The same config with `auto` replaced by the kernel that it stands for. flash: what `installed_flash` found."""
     if config.kernel != "auto":
         return config
-    fits = (row.kernel for row in all_rows() if row.device == needs.device and not shortcomings(row, needs, flash))
+    fits = (row.kernel for row in ROWS if row.device == needs.device and not shortcomings(row, needs, flash))
     return replace(config, kernel=next(fits))
 
 
@@ -123,12 +118,12 @@ def check_attention(config: AttentionConfig, needs: AttentionNeeds, flash: tuple
     """Raises ValueError when the kernel can't do what is needed, with every reason and the kernel that can."""
     if config.kernel == "auto":
         return
-    here = [row for row in all_rows() if row.kernel == config.kernel and row.device == needs.device]
+    here = [row for row in ROWS if row.kernel == config.kernel and row.device == needs.device]
     reasons = [shortcomings(row, needs, flash) for row in here]
     if here and not all(reasons):
         return
     if not here:
-        row = next(row for row in all_rows() if row.kernel == config.kernel)
+        row = next(row for row in ROWS if row.kernel == config.kernel)
         reasons = [["it needs a GPU, and none is visible here", *shortcomings(row, needs, flash)]]
     fewest = min(reasons, key=lambda found: len(found))
     can = resolve_attention(AttentionConfig(), needs, flash).kernel

@@ -25,7 +25,7 @@ from framework.models.parallelize import parallelize
 from framework.parallel.collectives import broadcast_object, gather_objects
 from framework.parallel.config import resolve_mesh
 from framework.parallel.fragments import Fragment, ParameterShard
-from framework.parallel.mesh import Group, Mesh, build_mesh
+from framework.parallel.mesh import Group, Mesh, build_mesh, world_group
 from framework.parallel.zero.engine import Engine
 from framework.recipe import Recipe, bucket_degrees, flatten
 from framework.run import Run, claim_attempt, lock_run, store_recipe
@@ -63,7 +63,7 @@ def open_mesh(recipe: Recipe, env: Environment) -> Mesh:
     if not dist.is_initialized():  # joined once, whatever number of meshes follow
         dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timedelta(minutes=10))
     # Before any group is made: ranks that see different meshes would wait for each other.
-    agree_on_recipe(recipe, Group("world", tuple(range(env.world_size)), env.rank, dist.group.WORLD))
+    agree_on_recipe(recipe, world_group(env.world_size, env.rank))
     return build_mesh(shape, env.rank, bucket_splits(recipe))
 
 
