@@ -119,6 +119,11 @@ def new_group(ranks: tuple[int, ...], *, backend: str | None = None) -> dist.Pro
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
+def world_group(num_ranks: int, rank: int) -> Group:
+    """All ranks, before there is a mesh; torch.distributed must be initialised."""
+    return Group("world", tuple(range(num_ranks)), rank, dist.group.WORLD)
+
+
 def build_mesh(shape: MeshShape, rank: int, splits: Iterable[tuple[int, int]] = (), *, control: str = "gloo") -> Mesh:
     """Make the groups; torch.distributed must be initialised with `shape.world_size` ranks. Collective over the world.
 
