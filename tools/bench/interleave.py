@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Clock = Literal["wall", "cpu"]
+Timer = Callable[
+    [Callable[[], None], int], tuple[float, float]
+]  # a step, how many of it -> seconds a step, wall and CPU
 CLOCKS: tuple[Clock, Clock] = ("wall", "cpu")
 
 
@@ -74,8 +77,21 @@ def orders(names: Sequence[str]) -> Iterator[list[str]]:
         repeat += 1
 
 
+def time_block(step: Callable[[], None], num_steps: int) -> tuple[float, float]:
+    """Seconds a step by the two clocks: the timer of one process."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(num_steps):
+        step()
+    return (time.perf_counter() - wall) / num_steps, (time.process_time() - cpu) / num_steps
+
+
 def interleave(
-    steps: Mapping[str, Callable[[], None]], *, num_repeats: int, num_steps: int, warmup: int
+    steps: Mapping[str, Callable[[], None]],
+    *,
+    num_repeats: int,
+    num_steps: int,
+    warmup: int,
+    timer: Timer = time_block,
 ) -> dict[str, Timing]:
     """Time every contestant's step. warmup: untimed steps of each before the first repeat."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
@@ -85,17 +101,9 @@ def interleave(
     with no_collection():
         for _, order in zip(range(num_repeats), orders(list(steps)), strict=False):
             for name in order:
-                samples[name].append(time_block(steps[name], num_steps))
+                samples[name].append(timer(steps[name], num_steps))
             gc.collect()
     return {name: Timing(*zip(*pairs, strict=True)) for name, pairs in samples.items()}
-
-
-def time_block(step: Callable[[], None], num_steps: int) -> tuple[float, float]:
-    """Seconds a step by the two clocks."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(num_steps):
-        step()
-    return (time.perf_counter() - wall) / num_steps, (time.process_time() - cpu) / num_steps
 
 
 @contextmanager
