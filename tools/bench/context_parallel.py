@@ -7,7 +7,7 @@ backward of one layer, interleaved in one run (interleave.py). First the result 
 attention of all tokens in one process, in float64. A block's wall time is the slowest rank's, its CPU time the sum over
 the ranks. Starts its ranks itself: on gloo, or with a GPU for each rank on NCCL.
 
-A ratio is peer / ours: above 1 ours is faster. `sends` is what a rank sends a layer, as our groups counted it.
+A ratio is peer / ours: above 1 ours is faster. What a rank sends is as our groups counted it.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from attention_peers import Attention, build_peers
 from einops import rearrange
-from interleave import CLOCKS, Timing, interleave, ratio
+from interleave import Timing, interleave, ratio_lines, time_lines
 from machine import machine
 from ranks import Together, run_ranks, synchronise
 from torch import Tensor
@@ -148,20 +148,11 @@ def lines(result: Result) -> Iterator[str]:
         f"{problem.head_dim}, {problem.dtype}; all within {max(result.worst.values()):.1e} of one process in float64"
     )
     yield from result.left_out
-    yield f"{'ms a layer':18}" + "".join(f"{clock + ' ' + what:>14}" for clock in CLOCKS for what in ("median", "min"))
-    for name, timing in result.timings.items():
-        numbers = (1e3 * n for clock in CLOCKS for n in (timing.median(clock), timing.minimum(clock)))
-        counted = "  sends {} bytes in {} collectives".format(*result.sends[name]) if name in result.sends else ""
-        yield f"{name:18}" + "".join(f"{number:14.2f}" for number in numbers) + counted
-    yield f"{'peer / ours':26}{'clock':>6}{'medians':>10}{'mins':>10}{'paired':>10}   quartiles of the pairs"
-    for mine in result.sends:
-        for peer in (name for name in result.timings if name not in result.sends):
-            for clock in CLOCKS:
-                r = ratio(result.timings[peer], result.timings[mine], clock)
-                yield (
-                    f"{peer + ' / ' + mine:26}{clock:>6}{r.medians:10.3f}{r.minima:10.3f}{r.paired:10.3f}"
-                    f"   {r.low:.3f} to {r.high:.3f}"
-                )
+    for name, (num_bytes, calls) in result.sends.items():
+        yield f"{name}: a rank sends {num_bytes} bytes in {calls} collectives"
+    yield from time_lines(result.timings, "ms a layer")
+    peers = [name for name in result.timings if name not in result.sends]
+    yield from ratio_lines(result.timings, [(peer, mine) for mine in result.sends for peer in peers])
 
 
 def run_rank(env: Environment, given: argparse.Namespace) -> None:

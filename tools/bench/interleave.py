@@ -13,7 +13,7 @@ one that was taken off its core: on a busy machine, use one thread.
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -115,3 +115,23 @@ def no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def time_lines(timings: Mapping[str, Timing], title: str) -> Iterator[str]:
+    """Milliseconds of each contestant, as text."""
+    yield f"{title:18}" + "".join(f"{clock + ' ' + what:>14}" for clock in CLOCKS for what in ("median", "min"))
+    for name, timing in timings.items():
+        numbers = (1e3 * n for clock in CLOCKS for n in (timing.median(clock), timing.minimum(clock)))
+        yield f"{name:18}" + "".join(f"{number:14.2f}" for number in numbers)
+
+
+def ratio_lines(timings: Mapping[str, Timing], pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """The quotients above / below, as text."""
+    yield f"{'ratio':26}{'clock':>6}{'medians':>10}{'mins':>10}{'paired':>10}   quartiles of the pairs"
+    for above, below in pairs:
+        for clock in CLOCKS:
+            r = ratio(timings[above], timings[below], clock)
+            yield (
+                f"{above + ' / ' + below:26}{clock:>6}{r.medians:10.4f}{r.minima:10.4f}{r.paired:10.4f}"
+                f"   {r.low:.4f} to {r.high:.4f}"
+            )

@@ -34,7 +34,8 @@ def run_ranks(arguments: list[str], world_size: int) -> None:
                 output = None if rank == 0 else (folder / f"{rank}.log").open("wb")
                 ranks.append(
                     subprocess.Popen(
-                        [sys.executable, sys.argv[0], *arguments],
+                        # The libraries' warnings, of every rank, would drown the table.
+                        [sys.executable, "-W", "ignore", sys.argv[0], *arguments],
                         env=rank_variables(rank=rank, world_size=world_size, port=port, failures=folder),
                         stdout=output,
                         stderr=output,
