@@ -86,5 +86,5 @@ class Noise:
         u = torch.rand(len(latents), generator=self._generator, device=latents.device)
         k = shift_value(self._recipe.flow.shift, num_tokens(batch.latent, patch_size))
         sigma = k * u / (1 + (k - 1) * u)
-        timesteps = (NUM_TRAIN_TIMESTEPS * sigma)[:, None].expand(-1, latents.shape[2] // patch_size[0])
+        timesteps = (NUM_TRAIN_TIMESTEPS * sigma)[:, None]
         return torch.lerp(latents, eps, sigma.view(-1, 1, 1, 1, 1)), eps - latents, timesteps
