@@ -182,8 +182,8 @@ def join() -> Environment:
 
 def run_rank(env: Environment, given: argparse.Namespace) -> None:
     """A rank: measure every stage, and as the first one print and write."""
-    degrees = given.mesh[0].split(",") if given.mesh else ["dp=1"]
-    overrides = [f"mesh.{degree}" for degree in degrees] + ["precision.parameters=float32", *given.set]
+    degrees = given.mesh[0].split(",") if given.mesh else []
+    overrides = ["mesh.dp=1", *(f"mesh.{degree}" for degree in degrees), "precision.parameters=float32", *given.set]
     recipes = [resolve_auto(load_recipe(given.recipe, [*overrides, f"zero.stage={s}"])) for s in given.stage]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     quiet()
