@@ -60,8 +60,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch after noising: latents x_sigma and target `B c t h w`, timesteps `B t` (0..1000, one a frame of patches),
-    weights `B`.
+    """A batch after noising: latents x_sigma and target `B c t h w`, timesteps `B t` (0..1000, one for all or one a
+    frame of patches), weights `B`.
     """
 
     latents: Tensor
@@ -98,7 +98,8 @@ class Tokens:
     """What the transformer eats: one rank's part of the tokens of a micro-batch.
 
     patches: `B S P`. target: `B S Q` in the order of the model's output, None when sampling. positions: `B S 3` int64
-    (latent frame, row, column). frame_index: `B S` int64 into the frames of timesteps. timesteps: `B t`. weights: `B`.
+    (latent frame, row, column). frame_index: `B S` int64 into the frames of timesteps, without effect where t is 1.
+    timesteps: `B t`. weights: `B`.
     """
 
     patches: Tensor

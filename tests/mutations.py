@@ -114,8 +114,8 @@ def ring_gradients_stay() -> None:
 def own_lse_in_the_merge() -> None:
     """Blocks are averaged without their log-sum-exp."""
 
-    def wrong(a: Any, b: Any) -> Any:
-        return (a[0] + b[0]) / 2, torch.logaddexp(a[1], b[1])
+    def wrong(a: Any, b: Any, dtype: torch.dtype) -> Any:
+        return (a[0].to(dtype) + b[0].to(dtype)) / 2, torch.logaddexp(a[1], b[1])
 
     ring.merge = wrong
 

@@ -64,16 +64,17 @@ class NormAcross(torch.autograd.Function):
         r_bs1 = torch.rsqrt(summed(squares, group, "qk_norm") / dim + eps)
         ctx.save_for_backward(x_bsd, weight, r_bs1)
         ctx.dim, ctx.group = dim, group
-        return (x * r_bs1 * weight.to(dtype)).to(x_bsd.dtype)
+        return (x * r_bs1).mul_(weight.to(dtype)).to(x_bsd.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x_bsd, weight, r_bs1 = ctx.saved_tensors
         dtype = r_bs1.dtype
-        x, dy = x_bsd.to(dtype), grads[0].to(dtype)
-        normed = x * r_bs1
-        dw = torch.einsum("bsd,bsd->d", dy, normed)
-        g = dy * weight.to(dtype)
-        along = summed(torch.linalg.vecdot(g, normed).unsqueeze(-1), ctx.group, "qk_norm") / ctx.dim
-        dx = (g - normed * along) * r_bs1
+        w, dy = weight.to(dtype), grads[0].to(dtype)
+        normed = x_bsd.to(dtype) * r_bs1
+        along_bsd = dy * normed
+        # Not an einsum: that becomes a matrix product of D pairs of columns, 8 times slower.
+        dw = along_bsd.sum(dim=(0, 1))
+        along_bs1 = summed((along_bsd @ w).unsqueeze(-1), ctx.group, "qk_norm") / ctx.dim
+        dx = (dy * w).sub_(normed.mul_(along_bs1)).mul_(r_bs1)
         return dx.to(x_bsd.dtype), dw.to(weight.dtype), None, None, None

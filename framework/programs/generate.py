@@ -44,8 +44,7 @@ class Generator:
         noise = torch.stack([keyed_noise(key(seed, "sample", uid=prompt), shape) for prompt in prompts])
 
         def velocity(condition: Condition, latents: Tensor, sigma: float) -> Tensor:
-            frames = latent.frames // model.patch_size[0]
-            timesteps = torch.full((len(prompts), frames), sigma * NUM_TRAIN_TIMESTEPS, device=self.device)
+            timesteps = torch.full((len(prompts), 1), sigma * NUM_TRAIN_TIMESTEPS, device=self.device)
             ones = torch.ones(len(prompts), device=self.device)
             tokens = split_tokens(patchify(Noised(latents, latents, timesteps, ones), model.patch_size), self.mesh)
             prediction = join_tokens(predict(tokens, condition), tokens.layout)

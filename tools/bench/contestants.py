@@ -18,13 +18,13 @@ from unittest.mock import patch
 import deepspeed
 import torch
 import torch.nn.functional as F
+from held import DISTINCT, HeldBatches, Noise
+from ranks import synchronise
 from torch import Tensor, nn
 
-from framework.batch import Batch, Condition
+from framework.batch import Batch
 from framework.data.loader import Loader
-from framework.data.schedule import MicroBatch, Place, Schedule, Slot, Work, cut, share
-from framework.diffusion.flow import NUM_TRAIN_TIMESTEPS
-from framework.diffusion.timesteps import num_tokens, shift_value
+from framework.data.schedule import Schedule
 from framework.ema import Ema
 from framework.kernels.attention import build_attention
 from framework.keys import key
@@ -37,13 +37,8 @@ from framework.parallel.zero.deepspeed import deepspeed_config
 from framework.programs import build
 from framework.programs.train import Parts, optimizer_step
 from framework.recipe import Recipe, bucket_tokens
-from framework.shapes import latent_shape
-from framework.tokenizer.config import tokenizer_strides
-
-DISTINCT = 4  # steps whose batches are held
 
 Step = Callable[[int], tuple[Tensor, float]]  # number of the step -> the step's mean loss, gradient norm
-Draw = Callable[[Batch, int], tuple[Tensor, Tensor, Tensor]]  # batch, step -> x_sigma, target, timesteps
 
 
 @dataclass
@@ -60,50 +55,8 @@ class Contestant:
         with patch.object(F, "linear", self.linear):
             result = self.step(self.done)
         self.done += 1
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronise()
         return result
-
-
-class HeldBatches:
-    """The micro-batches of DISTINCT steps in memory, used in turn: in the place of the loader."""
-
-    waited = 0.0
-
-    def __init__(self, recipe: Recipe) -> None:
-        generator, buckets = torch.Generator().manual_seed(0), recipe.data.buckets
-        encoder, strides = build.build_encoders(recipe).text, tokenizer_strides(recipe.tokenizer)
-        slots = [Slot(i, i % len(buckets), 0, i, f"clip{i}", f"clip{i}#0.0") for i in range(recipe.data.global_batch)]
-        groups = [[slot for slot in slots if slot.bucket == b] for b in range(len(buckets))]
-        micros = [
-            micro
-            for b, members in enumerate(groups)
-            for micro in cut(b, share(members, Place(0, 1)), recipe.data.micro_batch)
-        ]
-        self.work = Work(0, tuple(micros), tuple(len(members) for members in groups))
-        self.latents = [latent_shape(bucket.clip, strides) for bucket in buckets]
-
-        def batch(micro: MicroBatch) -> Batch:
-            chosen, latent = [slot for slot in micro.slots if slot is not None], self.latents[micro.bucket]
-            shape = (len(chosen), recipe.model.in_channels, latent.frames, latent.height, latent.width)
-            text, mask = encoder.encode([f"A rabbit looks at clip {slot.uid}." for slot in chosen])
-            device = build.this_device()
-            return Batch(
-                latents=torch.randn(shape, generator=generator).to(device),
-                weights=torch.ones(len(chosen), device=device),
-                condition=Condition(text.to(device), None if mask is None else mask.to(device)),
-                uids=tuple(slot.uid for slot in chosen),
-                draws=tuple(slot.draw for slot in chosen),
-                positions=tuple(slot.position for slot in chosen),
-                bucket=micro.bucket,
-                clip=buckets[micro.bucket].clip,
-                latent=latent,
-            )
-
-        self.by_step = [[batch(micro) for micro in micros] for _ in range(DISTINCT)]
-
-    def batches(self, work: Work) -> Iterator[Batch]:
-        return iter(self.by_step[work.step % DISTINCT])
 
 
 class NoEma:
@@ -140,39 +93,68 @@ def build_ours(recipe: Recipe, mesh: Mesh, held: HeldBatches, *, with_ema: bool)
     return Contestant(step, engine.destroy, F.linear)
 
 
-class ByHand:
-    """What both hand-written loops share: model, examples with their positions, and where the noise comes from."""
+@dataclass(frozen=True)
+class Example:
+    """A micro-batch with what a hand-written loop computes once: its tokens' places, and its part of the batch."""
 
-    def __init__(self, recipe: Recipe, held: HeldBatches, draw: Draw) -> None:
-        self.recipe, self.draw = recipe, draw
+    batch: Batch
+    positions: Tensor
+    frames: Tensor
+    part: float
+
+
+Drawn = tuple[Tensor, Tensor, Tensor]  # x_sigma, target, timesteps
+Error = Callable[[nn.Module, Example, Drawn], Tensor]
+
+
+class ByHand:
+    """What hand-written loops share: optimizer, examples with their positions, and where the noise comes from.
+
+    error: how a model's mean squared error on an example is found.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, held: HeldBatches, draw: Noise, error: Error | None = None
+    ) -> None:
+        self.recipe, self.model, self.draw = recipe, model, draw
+        self.error: Error = error or self.patch_error
         self.patch_size = recipe.model.patch_size
-        self.model = build_model(recipe)
         self.optimizer = adamw(list(self.model.named_parameters()), recipe.optimizer)
         by_token = recipe.loss.weight == "per_token"
         sizes = [[b.latents.numel() if by_token else len(b.uids) for b in batches] for batches in held.by_step]
         self.examples = [
-            [(batch, *self.places(batch), size / sum(row)) for batch, size in zip(batches, row, strict=True)]
+            [self.example(batch, size / sum(row)) for batch, size in zip(batches, row, strict=True)]
             for batches, row in zip(held.by_step, sizes, strict=True)
         ]
 
-    def places(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def example(self, batch: Batch, part: float) -> Example:
         positions = token_positions(len(batch.uids), batch.latent, self.patch_size, batch.latents.device)
-        return positions, frame_index(positions)
+        return Example(batch, positions, frame_index(positions), part)
+
+    def patch_error(self, model: nn.Module, example: Example, drawn: Drawn) -> Tensor:
+        """That of our transformer, on patches."""
+        (latents, target, timesteps), text = drawn, example.batch.condition
+        patches = patchify_input(latents, self.patch_size)
+        prediction = model(
+            patches, example.positions, example.frames, timesteps, text.text, text_mask_bl=text.text_mask
+        )
+        return F.mse_loss(prediction, patchify_output(target, self.patch_size))
 
     def losses(self, step: int, model: nn.Module) -> Iterator[Tensor]:
-        """Each micro-batch's part of the step's mean loss."""
+        """Each micro-batch's part of this rank's mean loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.optimizer, step=step)
-        for batch, positions, frames, part in self.examples[step % DISTINCT]:
-            latents, target, timesteps = self.draw(batch, step)
-            patches, text = patchify_input(latents, self.patch_size), batch.condition
-            prediction = model(patches, positions, frames, timesteps, text.text, text_mask_bl=text.text_mask)
-            yield F.mse_loss(prediction, patchify_output(target, self.patch_size)) * part
+        for example in self.examples[step % DISTINCT]:
+            yield self.error(model, example, self.draw(example.batch, step)) * example.part
 
 
 def build_model(recipe: Recipe) -> nn.Module:
     """The transformer with the initial weights that our engine gives it."""
-    model = DiT(recipe.model, build_attention(recipe.attention))
+    return fill(DiT(recipe.model, build_attention(recipe.attention)), recipe)
+
+
+def fill(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """A model whose parameters have our names, with our initial weights, on this rank's device."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(key(recipe.seed, "init", uid=name))
@@ -215,36 +197,20 @@ def build_plain(hand: ByHand) -> Contestant:
     return Contestant(step, lambda: None, F.linear)
 
 
-class Noise:
-    """The draw of the hand-written loops: the product's keyed one while they are checked, then one generator."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.keyed = True
-        self._flow, self._recipe = build.build_flow(recipe), recipe
-        self._generator = torch.Generator(build.this_device()).manual_seed(0)
-
-    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        if self.keyed:
-            noised = self._flow.noise(batch, step=step)
-            return noised.latents, noised.target, noised.timesteps
-        latents, patch_size = batch.latents, self._recipe.model.patch_size
-        eps = torch.randn(latents.shape, generator=self._generator, device=latents.device)
-        u = torch.rand(len(latents), generator=self._generator, device=latents.device)
-        k = shift_value(self._recipe.flow.shift, num_tokens(batch.latent, patch_size))
-        sigma = k * u / (1 + (k - 1) * u)
-        timesteps = (NUM_TRAIN_TIMESTEPS * sigma)[:, None].expand(-1, latents.shape[2] // patch_size[0])
-        return torch.lerp(latents, eps, sigma.view(-1, 1, 1, 1, 1)), eps - latents, timesteps
-
-
 def build_contestants(recipe: Recipe, mesh: Mesh, held: HeldBatches, noise: Noise) -> dict[str, Contestant]:
-    """All of them, each built with torch's own F.linear in place."""
+    """All of one rank."""
     builders: dict[str, Callable[[], Contestant]] = {
         "ours": lambda: build_ours(recipe, mesh, held, with_ema=True),
         "no_ema": lambda: build_ours(recipe, mesh, held, with_ema=False),
-        "bare": lambda: build_bare(ByHand(recipe, held, noise)),
-        "again": lambda: build_bare(ByHand(recipe, held, noise)),
-        "plain": lambda: build_plain(ByHand(recipe, held, noise)),
+        "bare": lambda: build_bare(ByHand(recipe, build_model(recipe), held, noise)),
+        "again": lambda: build_bare(ByHand(recipe, build_model(recipe), held, noise)),
+        "plain": lambda: build_plain(ByHand(recipe, build_model(recipe), held, noise)),
     }
+    return build_each(builders)
+
+
+def build_each(builders: dict[str, Callable[[], Contestant]]) -> dict[str, Contestant]:
+    """Build them, each with torch's own F.linear in place."""
     built = {}
     for name, builder in builders.items():
         with patch.object(F, "linear", F.linear):

@@ -13,12 +13,15 @@ one that was taken off its core: on a busy machine, use one thread.
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 Clock = Literal["wall", "cpu"]
+Timer = Callable[
+    [Callable[[], None], int], tuple[float, float]
+]  # a step, how many of it -> seconds a step, wall and CPU
 CLOCKS: tuple[Clock, Clock] = ("wall", "cpu")
 
 
@@ -74,8 +77,21 @@ def orders(names: Sequence[str]) -> Iterator[list[str]]:
         repeat += 1
 
 
+def time_block(step: Callable[[], None], num_steps: int) -> tuple[float, float]:
+    """Seconds a step by the two clocks: the timer of one process."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(num_steps):
+        step()
+    return (time.perf_counter() - wall) / num_steps, (time.process_time() - cpu) / num_steps
+
+
 def interleave(
-    steps: Mapping[str, Callable[[], None]], *, num_repeats: int, num_steps: int, warmup: int
+    steps: Mapping[str, Callable[[], None]],
+    *,
+    num_repeats: int,
+    num_steps: int,
+    warmup: int,
+    timer: Timer = time_block,
 ) -> dict[str, Timing]:
     """Time every contestant's step. warmup: untimed steps of each before the first repeat."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
@@ -85,17 +101,9 @@ def interleave(
     with no_collection():
         for _, order in zip(range(num_repeats), orders(list(steps)), strict=False):
             for name in order:
-                samples[name].append(time_block(steps[name], num_steps))
+                samples[name].append(timer(steps[name], num_steps))
             gc.collect()
     return {name: Timing(*zip(*pairs, strict=True)) for name, pairs in samples.items()}
-
-
-def time_block(step: Callable[[], None], num_steps: int) -> tuple[float, float]:
-    """Seconds a step by the two clocks."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(num_steps):
-        step()
-    return (time.perf_counter() - wall) / num_steps, (time.process_time() - cpu) / num_steps
 
 
 @contextmanager
@@ -107,3 +115,23 @@ def no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def time_lines(timings: Mapping[str, Timing], title: str) -> Iterator[str]:
+    """Milliseconds of each contestant, as text."""
+    yield f"{title:18}" + "".join(f"{clock + ' ' + what:>14}" for clock in CLOCKS for what in ("median", "min"))
+    for name, timing in timings.items():
+        numbers = (1e3 * n for clock in CLOCKS for n in (timing.median(clock), timing.minimum(clock)))
+        yield f"{name:18}" + "".join(f"{number:14.2f}" for number in numbers)
+
+
+def ratio_lines(timings: Mapping[str, Timing], pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """The quotients above / below, as text."""
+    yield f"{'ratio':26}{'clock':>6}{'medians':>10}{'mins':>10}{'paired':>10}   quartiles of the pairs"
+    for above, below in pairs:
+        for clock in CLOCKS:
+            r = ratio(timings[above], timings[below], clock)
+            yield (
+                f"{above + ' / ' + below:26}{clock:>6}{r.medians:10.4f}{r.minima:10.4f}{r.paired:10.4f}"
+                f"   {r.low:.4f} to {r.high:.4f}"
+            )

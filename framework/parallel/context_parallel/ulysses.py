@@ -23,9 +23,12 @@ def gather_tokens_scatter_heads(tensors: tuple[Tensor, ...], group: Group) -> tu
         return tensors
     batch, tokens, num_heads, head_dim = tensors[0].shape
     heads = even_parts(num_heads, group.size)
-    by_rank = zip(*(x.split(heads, dim=2) for x in tensors), strict=True)
-    flat = torch.cat([part.reshape(-1) for parts in by_rank for part in parts])
     one = len(tensors) * batch * tokens * head_dim
+    flat = tensors[0].new_empty(one * num_heads)
+    by_rank = zip(*(x.split(heads, dim=2) for x in tensors), strict=True)
+    for h, place, parts in zip(heads, flat.split([one * h for h in heads]), by_rank, strict=True):
+        for part_bshd, part in zip(place.view(-1, batch, tokens, h, head_dim), parts, strict=True):
+            part_bshd.copy_(part)
     got = all_to_all(
         flat, [one * h for h in heads], [one * heads[group.index]] * group.size, group, "gather_tokens_scatter_heads"
     )

@@ -50,11 +50,6 @@ class Piece:
     master: nn.Parameter
     split: bool
 
-    @property
-    def gradient(self) -> Tensor | None:
-        """These rows of the reduced gradient."""
-        return local_rows(self.parameter.grad) if self.parameter.grad is not None else None
-
 
 @dataclass(frozen=True)
 class Groups:
@@ -96,15 +91,16 @@ class Fsdp2Engine:
         (loss_sum * (self._groups.zero.size / global_count)).backward()
 
     def step(self, *, lr: float) -> StepStats:
-        norm = self._gradient_norm()
+        held = self._held_gradients()
+        norm = self._gradient_norm(held)
         value = float(norm)
         finite = value < float("inf")  # False for NaN too
         if finite:
-            scale = torch.clamp(self._clip / (norm + 1e-6), max=1.0) if self._clip else None
-            for piece in self._pieces:
-                piece.master.grad = piece.gradient
-                if piece.master.grad is not None and scale is not None:
-                    piece.master.grad.mul_(scale)
+            if self._clip and held:
+                scale = torch.clamp(self._clip / (norm + 1e-6), max=1.0)
+                torch._foreach_mul_([gradient for _, gradient in held], scale)
+            for piece, gradient in held:
+                piece.master.grad = gradient
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
@@ -133,8 +129,7 @@ class Fsdp2Engine:
                 module.reshard()
 
     def gradients(self) -> list[Fragment]:
-        found = [(piece, piece.gradient) for piece in self._pieces]
-        return [Fragment("grad", piece.shard, piece.start, g.detach().view(-1)) for piece, g in found if g is not None]
+        return [Fragment("grad", piece.shard, piece.start, g.view(-1)) for piece, g in self._held_gradients()]
 
     def destroy(self) -> None:
         self._pieces = []
@@ -144,12 +139,16 @@ class Fsdp2Engine:
         assert isinstance(self._module, nn.Module)
         return self._module
 
-    def _gradient_norm(self) -> Tensor:
+    def _held_gradients(self) -> list[tuple[Piece, Tensor]]:
+        """This rank's rows of the reduced gradient, of the parameters that have one."""
+        found = [(piece, piece.parameter.grad) for piece in self._pieces]
+        return [(piece, local_rows(gradient)) for piece, gradient in found if gradient is not None]
+
+    def _gradient_norm(self, held: list[tuple[Piece, Tensor]]) -> Tensor:
         """The norm of the whole gradient, float64 on the device, the same on every rank."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for split in (True, False):
-            held = [(piece, piece.gradient) for piece in self._pieces if piece.split == split]
-            gradients = [gradient for _, gradient in held if gradient is not None]
+            gradients = [gradient for piece, gradient in held if piece.split == split]
             if gradients and (split or self._groups.tp.index == 0):
                 total += torch.nn.utils.get_total_norm(gradients).double() ** 2
         for group in (self._groups.partition, self._groups.tp):
