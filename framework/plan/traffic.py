@@ -42,12 +42,13 @@ ON_TOKENS: Final = re.compile(
 
 @dataclass(frozen=True)
 class MicroShape:
-    """One micro-batch of one rank. image: image tokens of a sample, 0 without."""
+    """One micro-batch of one rank: its samples, and each one's text tokens, image tokens and timesteps."""
 
     bucket: int
     samples: int
     text: int
     image: int = 0
+    timesteps: int = 1
 
 
 class Account:
@@ -119,7 +120,7 @@ def add_tensor_parallel(account: Account, recipe: Recipe, shape: MeshShape, micr
 def add_replicated(account: Account, recipe: Recipe, shape: MeshShape, micro: MicroShape) -> None:
     """Gradients of what every tp rank holds whole and uses on its own tokens."""
     model, n, width = recipe.model, shape.tp, recipe.model.width
-    timesteps = micro.samples * bucket_tokens(recipe, micro.bucket).frames
+    timesteps = micro.samples * micro.timesteps
     conditions = [timesteps * width * precise(recipe), 6 * timesteps * width * precise(recipe)]
     conditions += [micro.samples * length * width * compute(recipe) for length in (micro.text, micro.image)]
     for num_bytes in conditions:
