@@ -26,6 +26,7 @@ from framework.parallel.collectives import all_reduce_sum, barrier, broadcast_ob
 from framework.parallel.context_parallel.tokens import split_tokens
 from framework.parallel.mesh import Mesh
 from framework.parallel.zero.engine import Engine, StepStats
+from framework.plan.zero_traffic import engine_traffic
 from framework.programs import build
 from framework.programs.observe import Observer
 from framework.recipe import Recipe, bucket_tokens, resolve_auto
@@ -269,10 +270,13 @@ def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
     buckets = ", ".join(
         f"{bucket.name} = {tokens} tokens" for bucket, tokens in zip(recipe.data.buckets, parts.num_tokens, strict=True)
     )
+    num_micro = parts.schedule[progress.step].num_micro
+    traffic = engine_traffic(recipe, shape, parts.mesh.rank, num_micro)
     where = f"resumes after step {progress.step}" if progress.step else "starts"
     return [
         f"run {run.path} {where} (attempt {run.attempt})",
         f"mesh {shape} = {shape.world_size} ranks, ZeRO stage {recipe.zero.stage} ({recipe.zero.engine}), "
         f"{recipe.precision.parameters}",
         f"buckets: {buckets}; {recipe.data.global_batch} samples a step, {parts.schedule.waste():.1%} of slots empty",
+        f"ZeRO sends {float(traffic.total) / 1e6:,.1f} MB a rank and step, {traffic.ratio:.3f} of its stage's least",
     ]
