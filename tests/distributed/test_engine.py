@@ -1,5 +1,6 @@
 """The engines against plain AdamW in one process, and our fragments against DeepSpeed's own view of its state."""
 
+import shutil
 from pathlib import Path
 
 import engine_ranks
@@ -165,6 +166,10 @@ def test_fsdp2_in_float64_is_plain_adamw(
         ["zero.stage=2", "zero.offload=optimizer"],
         ["zero.stage=3", "zero.offload=optimizer"],
         fsdp2_words(3, "all"),
+        pytest.param(
+            [*fsdp2_words(3, "all"), "execution.compile=true"],
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+        ),
     ],
     ids=" ".join,
 )
