@@ -151,7 +151,8 @@ def verify(
             found = observe_all([variant.recipe for variant in variants], env, steps=steps)
     if env is None or env.is_first:
         rows = judge(meshes, found, dtypes[dtype])
-        report(rows, found[0], dtype=dtypes[dtype], as_json=json)
+        notes = dict.fromkeys(note for variant in variants for note in variant.notes)
+        report(rows, found[0], list(notes), dtype=dtypes[dtype], as_json=json)
         if not all(row.agrees for row in rows):
             raise typer.Exit(1)
 

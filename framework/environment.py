@@ -7,6 +7,7 @@ rank.
 
 import os
 import signal
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -89,6 +90,17 @@ def visible_gpus() -> int:
     if folder.is_dir():
         return len(list(folder.iterdir()))
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def gpu_capability() -> tuple[int, int] | None:
+    """Compute capability of this machine's first GPU, asked of the driver's own tool; None where that can't tell."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    major, _, minor = answer.strip().partition("\n")[0].partition(".")
+    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
 
 
 class StopFlag:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from framework.checkpoint.config import CheckpointConfig
 from framework.data.config import DataConfig
 from framework.diffusion.config import FlowConfig, LossConfig, SamplerConfig, SamplesConfig
-from framework.environment import visible_gpus
+from framework.environment import gpu_capability, visible_gpus
 from framework.evaluate.config import ValidationConfig
 from framework.kernels.config import (
     AttentionConfig,
@@ -302,6 +302,7 @@ def attention_needs(recipe: Recipe, *, num_gpus: int) -> AttentionNeeds:
         head_dim=recipe.model.attention_head_dim,
         deterministic=recipe.train.deterministic,
         has_gpu=num_gpus > 0,
+        capability=gpu_capability() if num_gpus and installed_flash() else None,
     )
 
 

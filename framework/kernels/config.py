@@ -81,13 +81,14 @@ class AttentionNeeds:
     """What a run asks of its kernel.
 
     dtype: what q, k and v are computed in. head_dim: channels of a head. deterministic: the backward must sum in a
-    fixed order. has_gpu: where it runs.
+    fixed order. has_gpu: where it runs. capability: of that GPU, None where it isn't known.
     """
 
     dtype: str
     head_dim: int
     deterministic: bool
     has_gpu: bool
+    capability: tuple[int, int] | None = None
 
     @property
     def device(self) -> Device:
@@ -138,6 +139,9 @@ def shortcomings(row: Row, needs: AttentionNeeds, flash: tuple[int, ...]) -> lis
             f"none of {', '.join(FLASH_DISTRIBUTIONS.values())} is installed: `pip install flash-attn-4` (Hopper, "
             "Blackwell) or `pip install flash-attn --no-build-isolation`"
         )
+    elif row.kernel == "flash" and needs.capability and not fitting_flash(flash, needs.capability, needs.deterministic):
+        have, (major, minor) = ", ".join(FLASH_DISTRIBUTIONS[one] for one in flash), needs.capability
+        found.append(f"{have} has no backward that fits here for this GPU's compute capability {major}.{minor}")
     if needs.dtype not in row.dtypes:
         found.append(f"it computes in {', '.join(row.dtypes)}, not in precision.parameters={needs.dtype}")
     if needs.head_dim % row.head_multiple or needs.head_dim > row.head_max:
@@ -150,19 +154,9 @@ def shortcomings(row: Row, needs: AttentionNeeds, flash: tuple[int, ...]) -> lis
     return found
 
 
-def choose_flash(installed: tuple[int, ...], capability: tuple[int, int], *, deterministic: bool) -> int:
-    """The generation of flash-attn to use on a GPU. Raises ValueError when none of those installed runs there."""
-    major, minor = capability
-    # flash-attn-4 asserts this away on 12.x.
-    left_out = {4} if deterministic and major == 12 else set()
-    fits = [generation for generation in FLASH_ORDER.get(major, ()) if generation not in left_out]
-    for generation in fits:
-        if generation in installed:
-            return generation
-    have = ", ".join(FLASH_DISTRIBUTIONS[generation] for generation in installed) or "none"
-    need = " or ".join(FLASH_DISTRIBUTIONS[generation] for generation in fits)
-    fix = f"install {need}, or set attention.kernel=aten" if fits else "set attention.kernel=aten"
-    raise ValueError(
-        f"attention.kernel=flash: of flash-attn is installed: {have}; it has no{' deterministic' * deterministic} "
-        f"backward for this GPU's compute capability {major}.{minor}: {fix}"
-    )
+def fitting_flash(installed: tuple[int, ...], capability: tuple[int, int], deterministic: bool) -> int | None:
+    """The fastest generation of flash-attn, of those installed, that runs on a GPU."""
+    order = FLASH_ORDER.get(capability[0], ())
+    # flash-attn-4 asserts a deterministic backward away on 12.x.
+    left_out = {4} if deterministic and capability[0] == 12 else set()
+    return next((one for one in order if one in installed and one not in left_out), None)

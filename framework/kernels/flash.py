@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from framework.kernels.attended import Attended
-from framework.kernels.config import choose_flash, installed_flash
+from framework.kernels.config import fitting_flash, installed_flash
 from framework.kernels.lengths import Segments, clear_empty, mute_empty, pack, padding_apart, unpack
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -97,11 +97,18 @@ def extents(q: Tensor, k: Tensor, segments: Segments | None) -> tuple[Tensor | N
 
 
 def build_flash(*, deterministic: bool) -> FlashAttention:
-    """The fastest installed flash-attn for this GPU. Raises ValueError when none runs on it."""
+    """The fastest installed flash-attn for this GPU. Raises ValueError when none runs on it, which is refused earlier
+    where the driver's tool tells the GPU's capability.
+    """
     from framework.kernels import flash_calls
 
-    capability = torch.cuda.get_device_capability()
-    match choose_flash(installed_flash(), capability, deterministic=deterministic):
+    installed, capability = installed_flash(), torch.cuda.get_device_capability()
+    match fitting_flash(installed, capability, deterministic):
+        case None:
+            raise ValueError(
+                f"attention.kernel=flash: flash-attn {installed} has no backward for compute capability {capability}; "
+                "set attention.kernel=aten"
+            )
         case 2:
             return FlashAttention(flash_calls.FlashAttn2(deterministic=deterministic))
         case 3:

@@ -1,11 +1,13 @@
 """What is refused before any rank starts: mesh, kernel, checkpoint to resume from, data. Imports no torch."""
 
 import os
+from fnmatch import fnmatchcase
 
 from framework.checkpoint.commit import newest_checkpoint
 from framework.data.buckets import bucket_views, check_held_out, open_streams
 from framework.data.config import StreamConfig
 from framework.parallel.config import MeshShape, resolve_mesh, split_shape
+from framework.plan.parameters import parameter_shapes
 from framework.recipe import Recipe, bucket_degrees, check_kernel
 from framework.run import checkpoints_of
 from framework.tokenizer.config import tokenizer_version
@@ -22,6 +24,8 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     shape = resolve_mesh(recipe.mesh, num_ranks=num_ranks, num_gpus=num_gpus)
     for index in range(len(recipe.data.buckets)):
         split_shape(shape, *bucket_degrees(recipe, index))
+    recipe.zero.partition_size(shape.dp * shape.cp)
+    check_table(recipe)
     check_kernel(recipe, num_gpus=num_gpus)
     newest_checkpoint(checkpoints_of(recipe), shape, recipe.zero.stage)
     version = tokenizer_version(recipe.tokenizer)
@@ -33,6 +37,27 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
         if recipe.validation.held_out:
             check_held_out(streams, held_out)
     return shape
+
+
+def check_table(recipe: Recipe) -> None:
+    """Raises ValueError for a rule of the precision table that no parameter matches, and for two rows in a module whose
+    parameters FSDP2 gathers together.
+    """
+    precision, names = recipe.precision, [parameter.name for parameter in parameter_shapes(recipe.model)]
+    for rule in precision.table:
+        if not any(fnmatchcase(name, rule.pattern) for name in names):
+            raise ValueError(
+                f"precision.table, pattern {rule.pattern!r} matches no parameter of the model: names are like "
+                f"{names[1]} and {names[-1]}"
+            )
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(name.rpartition(".")[0], name)
+        if recipe.zero.engine == "fsdp2" and precision.of(name) != precision.of(other):
+            raise ValueError(
+                f"precision.table gives parameters of one module two rows: {other} {precision.of(other)}, {name} "
+                f"{precision.of(name)}; FSDP2 gathers them together: give both the same"
+            )
 
 
 def check_machine(shape: MeshShape, *, num_gpus: int) -> None:

@@ -7,12 +7,14 @@ degrees, and the remainders of
     feed-forward  by tp                                        F' = 4 T + F mod T
     batch         by dp
 
-What decides how much there is to compute is not: two layers, six channels a head, four latent channels, random latents
-under a tokenizer and a text encoder that need no weights. Image tokens are left out, as the data has none.
+What decides how much there is to compute is not: two layers, eight channels a head, four latent channels, random
+latents under a tokenizer and a text encoder that need no weights, the kernel that fits. Image tokens are left out, as
+the data has none, and so are rules of the precision table that no parameter is left for.
 """
 
 import math
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,9 @@ from framework.data.shard_writer import ShardWriter
 from framework.data.shards import LATENT_SCHEMA, Caption, LatentSample, SampleInfo
 from framework.diffusion.config import SamplesConfig
 from framework.evaluate.config import ValidationConfig
+from framework.kernels.config import AttentionConfig
 from framework.launch.verify import parse_mesh
+from framework.plan.parameters import parameter_shapes
 from framework.recipe import Recipe, bucket_degrees, bucket_tokens, load_recipe, to_yaml
 from framework.shapes import latent_shape
 from framework.text.config import BytesConfig, TextConfig
@@ -49,12 +53,13 @@ def shrink_recipe(path: Path, overrides: list[str], meshes: list[str], folder: P
         recipe,
         run=str(folder / "run"),
         mesh=replace(recipe.mesh, dp=1, ring=1, ulysses=1, tp=1),
+        attention=AttentionConfig(),
         tokenizer=TOKENIZER,
         text=TextConfig("bytes", bytes=BytesConfig(max_length=8)),
         zero=replace(recipe.zero, bucket_size=min(recipe.zero.bucket_size, 1 << 20)),
         model=replace(
             recipe.model,
-            attention_head_dim=6,
+            attention_head_dim=8,
             num_layers=2,
             ffn_dim=4 * tp + recipe.model.ffn_dim % tp,
             in_channels=CHANNELS,
@@ -75,6 +80,9 @@ def shrink_recipe(path: Path, overrides: list[str], meshes: list[str], folder: P
         validation=ValidationConfig(),
         samples=SamplesConfig(),
     )
+    names = [parameter.name for parameter in parameter_shapes(shrunk.model)]
+    table = [rule for rule in recipe.precision.table if any(fnmatchcase(name, rule.pattern) for name in names)]
+    shrunk = replace(shrunk, precision=replace(recipe.precision, table=table))
     out = folder / "shrunk.yaml"
     out.write_text(to_yaml(shrunk))
     return out

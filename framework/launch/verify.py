@@ -8,7 +8,7 @@ kernel, the micro-batch. The first mesh is what the others are compared with.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal
@@ -18,7 +18,7 @@ from framework.environment import visible_gpus
 from framework.evaluate.agreement import LIMITS, Errors, Observation, bfloat16_limits, compare
 from framework.launch.check import check_machine, check_start
 from framework.launch.local import run_local
-from framework.recipe import Recipe, load_recipe, to_yaml
+from framework.recipe import Recipe, bucket_degrees, load_recipe, to_yaml
 
 Dtype = Literal["float64", "float32", "bfloat16"]
 
@@ -41,10 +41,11 @@ DEGREES: Final = ("dp", "ring", "ulysses", "tp")
 
 @dataclass(frozen=True)
 class Variant:
-    """One run to compare. words: as on the command line."""
+    """One run to compare. words: as on the command line. notes: what isn't done as they say."""
 
     words: str
     recipe: Recipe
+    notes: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -69,6 +70,8 @@ def parse_mesh(words: str) -> list[str]:
         name, equals, value = word.partition("=")
         if not equals or name not in KEYS:
             raise ValueError(f"--mesh {words}: {word!r} is none of {', '.join(f'{key}=' for key in KEYS)}")
+        if name in DEGREES and not (value.isdecimal() and int(value)):
+            raise ValueError(f"--mesh {words}: {word!r} must be a whole number from 1 on")
         values[KEYS[name]] = value
     return [f"{key}={value}" for key, value in values.items()]
 
@@ -79,11 +82,23 @@ def names_fsdp2(words: str) -> bool:
 
 
 def build_variant(path: Path, overrides: Sequence[str], words: str, dtype: Dtype) -> Variant:
-    """The recipe on a mesh, in a precision. In float64 FSDP2 stands in for DeepSpeed, whose masters are float32."""
-    extra = [f"precision.parameters={dtype}"]
+    """The recipe on a mesh, in a precision. Two things may not be as the words say, and are noted: in float64 FSDP2
+    stands in for DeepSpeed, and buckets whose own degrees the mesh hasn't the ranks for take the mesh's.
+    """
+    extra, notes = [f"precision.parameters={dtype}"], []
     if dtype == "float64" and not names_fsdp2(words):
         extra += ["zero.engine=fsdp2", "zero.stage=3", "zero.offload=none"]
-    return Variant(words, load_recipe(path, [*overrides, *parse_mesh(words), *extra]))
+        notes.append(f"{words}: fsdp2 stands in for DeepSpeed, whose masters are float32")
+    recipe = load_recipe(path, [*overrides, *parse_mesh(words), *extra])
+    assert recipe.mesh.dp != "auto"
+    ranks = recipe.mesh.dp * recipe.mesh.ring * recipe.mesh.ulysses
+    buckets = list(recipe.data.buckets)
+    for index, bucket in enumerate(buckets):
+        ring, ulysses = bucket_degrees(recipe, index)
+        if ranks % (ring * ulysses):
+            buckets[index] = replace(bucket, ring=None, ulysses=None)
+            notes.append(f"{words}: {bucket.name} takes the mesh's degrees, as {ranks} ranks aren't {ring} x {ulysses}")
+    return Variant(words, replace(recipe, data=replace(recipe.data, buckets=buckets)), tuple(notes))
 
 
 def build_variants(path: Path, overrides: Sequence[str], meshes: Sequence[str], dtype: Dtype) -> list[Variant]:
@@ -123,18 +138,10 @@ def judge(meshes: Sequence[str], found: Sequence[Observation], dtype: Dtype) -> 
     return [Row(meshes[0], None, True), *judged]
 
 
-def notes_of(meshes: Sequence[str], dtype: Dtype) -> list[str]:
-    """What of the words wasn't done as they say."""
-    if dtype != "float64" or all(names_fsdp2(words) for words in meshes):
-        return []
-    return ["in float64 fsdp2 stands in the place of DeepSpeed, whose masters are float32; no step is taken"]
-
-
-def report(rows: Sequence[Row], reference: Observation, *, dtype: Dtype, as_json: bool) -> None:
+def report(rows: Sequence[Row], reference: Observation, notes: Sequence[str], *, dtype: Dtype, as_json: bool) -> None:
     """Print the table, or one JSON object."""
-    notes = notes_of([row.words for row in rows], dtype)
     if as_json:
-        log.line(json.dumps({"dtype": dtype, "notes": notes, "rows": [asdict(row) for row in rows]}))
+        log.line(json.dumps({"dtype": dtype, "notes": list(notes), "rows": [asdict(row) for row in rows]}))
         return
     for note in notes:
         log.line(note)

@@ -5,7 +5,8 @@ Arithmetic follows one rule: what a norm, a modulation or the time embedding com
 model's own dtype. Norms return the compute dtype, and whoever uses the result rounds it once.
 
 Every parameter is used in the forward of the module that holds it, as ZeRO-3 gathers parameters module by module.
-Parameter names are diffusers' (`models/transformers/transformer_wan.py`).
+A module with `upcasts` takes inputs of any dtype, whatever its weight's. Parameter names are diffusers'
+(`models/transformers/transformer_wan.py`).
 
 Three seams let `parallelize.py` place tokens and weights on several ranks. On one device they do nothing:
 
@@ -47,6 +48,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class LayerNorm(nn.LayerNorm):
     """Mean 0, variance 1 over `D`; in and out `... D`, returned in the compute dtype."""
 
+    upcasts = True
+
     on_tokens: Seam = staticmethod(as_it_is)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,6 +61,8 @@ class LayerNorm(nn.LayerNorm):
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over all heads at once (`D`, before the split into heads), in x's dtype."""
+
+    upcasts = True
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -71,6 +76,8 @@ class RMSNorm(nn.Module):
 
 class PreciseLinear(nn.Linear):
     """A linear in the compute dtype, whatever the dtype of its weight: for the time embedding."""
+
+    upcasts = True
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = compute_dtype(self.weight.dtype)

@@ -9,7 +9,7 @@ of their sum, and so a backward is the transpose of its forward:
 
     gather <-> reduce-scatter        sum <-> sum (each rank's result reaches every loss)        copy <-> sum
 
-In a group of one rank they return their tensor as it is, and count nothing.
+Those on tokens and gradients return their tensor as it is in a group of one rank, and count nothing.
 """
 
 from collections import Counter

@@ -64,9 +64,7 @@ def range_boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """A tensor-parallel rank's box of a global tensor. replicated: every tp rank holds the same box, the first writes
-    it.
-    """
+    """A tensor-parallel rank's box of a global tensor. owner: whether this rank writes it; others may hold the same."""
 
     name: str
     global_shape: tuple[int, ...]

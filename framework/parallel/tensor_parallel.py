@@ -43,6 +43,8 @@ class RowLinear(nn.Linear):
 class SplitRMSNorm(nn.Module):
     """The norm of the docstring over `dim` columns in all: `B S D/tp` -> `B S D/tp`, in x's dtype."""
 
+    upcasts = True
+
     def __init__(self, columns: int, dim: int, eps: float, group: Group) -> None:
         super().__init__()
         self.dim, self.eps, self.group = dim, eps, group

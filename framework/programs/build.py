@@ -50,8 +50,11 @@ class Claim:
     refusal: str | None = None
 
 
-def open_mesh(recipe: Recipe, env: Environment) -> Mesh:
-    """Join the process group, agree on the recipe and make the mesh. A collective over all ranks."""
+def open_mesh(recipe: Recipe, env: Environment, *, apart: tuple[str, ...] = ()) -> Mesh:
+    """Join the process group, agree on the recipe and make the mesh. A collective over all ranks.
+
+    apart: keys in which the ranks' recipes may differ.
+    """
     shape = resolve_mesh(recipe.mesh, num_ranks=env.world_size)
     # Newer torch renames collectives that torch 2.11 has under their old names alone; DeepSpeed uses those too.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -63,7 +66,7 @@ def open_mesh(recipe: Recipe, env: Environment) -> Mesh:
     if not dist.is_initialized():  # joined once, whatever number of meshes follow
         dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timedelta(minutes=10))
     # Before any group is made: ranks that see different meshes would wait for each other.
-    agree_on_recipe(recipe, world_group(env.world_size, env.rank))
+    agree_on_recipe(recipe, world_group(env.world_size, env.rank), apart=apart)
     return build_mesh(shape, env.rank, bucket_splits(recipe))
 
 
@@ -88,9 +91,10 @@ def this_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def agree_on_recipe(recipe: Recipe, world: Group) -> None:
+def agree_on_recipe(recipe: Recipe, world: Group, *, apart: tuple[str, ...]) -> None:
     """Raises ValueError naming the ranks whose recipe differs from the first rank's, and the keys."""
-    leaves = gather_objects(flatten(recipe), world)
+    told = {name: value for name, value in flatten(recipe).items() if name not in apart}
+    leaves = gather_objects(told, world)
     differing = {
         rank: sorted(name for name in leaves[0].keys() | other.keys() if leaves[0].get(name) != other.get(name))
         for rank, other in enumerate(leaves)

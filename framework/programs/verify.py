@@ -37,6 +37,8 @@ from framework.recipe import Recipe, resolve_auto
 HEAD = "proj_out.weight"
 HEAD_STD = 0.1
 EPS = 1e-2
+# Each rank of a job may have a shrunk recipe, and its latents, in a folder of its own; the samples are compared anyway.
+PATHS = ("run", "data.streams")
 
 
 class RecordingFlow:
@@ -70,7 +72,7 @@ def observe(recipe: Recipe, env: Environment, *, steps: int) -> Observation | No
     """
     recipe = resolve_auto(recipe)
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, eps=max(recipe.optimizer.eps, EPS)))
-    mesh = build.open_mesh(recipe, env)
+    mesh = build.open_mesh(recipe, env, apart=PATHS)
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
     build.initialise(engine.fragments(), recipe)

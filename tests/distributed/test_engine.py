@@ -1,6 +1,7 @@
 """The engines against plain AdamW in one process, and our fragments against DeepSpeed's own view of its state."""
 
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import engine_ranks
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from pool import RanksFailed, run_ranks
+from pool import run_ranks
 from tiny import write_recipe
 
 from framework.kernels.reference import ReferenceAttention
 from framework.keys import key
+from framework.launch.check import check_start
 from framework.models.dit import DiT
 from framework.models.initialise import init_tensor
 from framework.models.patchify import patchify
@@ -267,8 +269,33 @@ def test_a_partition_that_does_not_divide_is_refused() -> None:
         ZeroConfig(engine="fsdp2", partition=3).partition_size(8)
 
 
-def test_one_module_with_two_rows_is_refused(steps_recipe: Path) -> None:
-    words = [*fsdp2_words(2, "all", "bfloat16"), "precision.table=[{pattern: '*.to_q.bias', compute: float32}]"]
-    with pytest.raises(RanksFailed, match="two rows") as error:
-        run_ranks(engine_ranks.updates, 1, steps_recipe, words)
-    assert "to_q.weight" in str(error.value) and "to_q.bias" in str(error.value)
+@pytest.mark.parametrize("default", ["bfloat16", "float32"])
+def test_every_kind_of_linear_may_have_its_own_dtype(
+    steps_recipe: Path, plain: dict[str, engine_ranks.Updates], default: str
+) -> None:
+    """Two of each kind, as what is gathered together isn't cast together; the gradient stays that of float32."""
+    other = {"bfloat16": "float32", "float32": "bfloat16"}[default]
+    kinds = ["*.ffn.*", "*.to_out.*", "*.attn1.to_?.*", "proj_out.*", "patch_embedding.*", "*.text_embedder.*"]
+    table = ", ".join(f"{{pattern: '{kind}', compute: {other}}}" for kind in kinds)
+    words = [*fsdp2_words(3, "all", default), f"precision.table=[{table}]"]
+    seen, update = run_ranks(engine_ranks.seen_dtypes, 2, steps_recipe, words)[0]
+    for name, dtype in seen.items():
+        assert dtype == (other if any(fnmatchcase(name, kind) for kind in kinds) else default), name
+    assert update.norms[0] == pytest.approx(plain["float32"].norms[0], rel=2e-2)
+    for name, values in plain["float32"].gradients[0].items():
+        assert np.abs(update.gradients[0][name] - values).max() < 0.1 * np.abs(values).max(), name
+
+
+REFUSED_AT_THE_START = [
+    (["zero.engine=fsdp2", "zero.partition=3"], "4 % 3 == 1; the nearest that do are 2 and 4"),
+    (["zero.engine=fsdp2", "precision.table=[{pattern: '*.to_q.bias', compute: bfloat16}]"], "two rows"),
+    (["zero.engine=fsdp2", "precision.table=[{pattern: '*.norm9.*', compute: bfloat16}]"], "matches no parameter"),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), REFUSED_AT_THE_START)
+def test_what_fits_no_mesh_or_model_is_refused_before_a_rank_starts(
+    steps_recipe: Path, words: list[str], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        check_start(load_recipe(steps_recipe, words), num_ranks=4, num_gpus=0)

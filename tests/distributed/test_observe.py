@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import ranks
 from pool import run_ranks
@@ -52,14 +53,34 @@ def test_observing_changes_no_bit(tmp_path: Path, tiny_shards: Path, held_out: P
 
 def test_validation_is_the_same_on_every_mesh(tmp_path: Path, tiny_shards: Path, held_out: Path) -> None:
     words = ["validation.every=3", f"validation.shards=[{held_out}]", "data.micro_batch=2"]
-    results = {dp: lines(run(tmp_path, tiny_shards, dp, *words) / "validation.jsonl") for dp in (1, 2, 3)}
+    results: dict[int | str, list[dict[str, Any]]] = {
+        dp: lines(run(tmp_path, tiny_shards, dp, *words) / "validation.jsonl") for dp in (1, 2, 3)
+    }
     assert [(x["step"], x["weights"]) for x in results[1]] == [(3, "raw"), (3, "ema"), (6, "raw"), (6, "ema")]
     for x in results[1]:
         (bucket,) = x["buckets"].values()
         assert len(bucket["loss"]) == len(bucket["sigma"]) == 8
         assert bucket["sigma"] == pytest.approx([(j + 0.5) / 8 for j in range(8)]), "quantiles of the uniform levels"
         assert x["loss"] == pytest.approx(sum(bucket["loss"]) / 8)
-    for dp in (2, 3):
-        for a, b in zip(results[dp], results[1], strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    for degrees in (["mesh.tp=2"], ["mesh.ring=2", "zero.engine=fsdp2", "zero.stage=3"], ["mesh.ulysses=2"]):
+        results[degrees[0]] = lines(run(tmp_path, tiny_shards, 2, *words, *degrees) / "validation.jsonl")
+    for mesh in results.keys() - {1}:
+        for a, b in zip(results[mesh], results[1], strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), mesh
     assert results[1][0]["loss"] != results[1][1]["loss"], "the average isn't the live weights"
+
+
+def test_samples_are_the_same_on_every_mesh(tmp_path: Path, tiny_shards: Path) -> None:
+    """As far as their compression lets it be seen; three prompts, so that one replica of two has none left."""
+    words = ["samples.every=6", "samples.prompts=[a, b, c]", "optimizer.lr=1e-2"]
+    meshes = [["mesh.dp=1"], ["mesh.tp=2"], ["mesh.ring=2"], ["mesh.ulysses=2", "zero.engine=fsdp2", "zero.stage=3"]]
+    videos = [run(tmp_path, tiny_shards, 1 if "mesh.dp=1" in mesh else 2, *words, *mesh) / "samples" for mesh in meshes]
+    for number in range(3):
+        first, *others = [frames(folder / f"step-00000006-{number:02}.mp4") for folder in videos]
+        assert first.std() > 10
+        assert all(np.abs(first - other).mean() < 0.5 for other in others)
+
+
+def frames(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(float)

@@ -33,17 +33,19 @@ def state_digests(checkpoint: Path) -> dict[str, str]:
     return {key: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for key, tensor in state.items()}
 
 
-def resume_after_kill(folder: Path, shards: Path, *, words: list[str], steps: int, kill: int, every: int) -> None:
+def resume_after_kill(
+    folder: Path, shards: Path, *, words: list[str], steps: int, kill: int, every: int, num_ranks: int = 2
+) -> None:
     words = [*WORDS, *words, f"train.steps={steps}", f"checkpoint.every={every}"]
     whole = write_recipe(folder, shards, [*words, f"run={folder / 'whole'}"], name="whole.yaml")
     broken = write_recipe(folder, shards, [*words, f"run={folder / 'broken'}"], name="broken.yaml")
-    run_ranks(ranks.train, 2, whole, [])
-    exits = run_until_killed(ranks.train, 2, broken, [], ranks.Death(kill))
-    assert exits == [-signal.SIGKILL] * 2
+    run_ranks(ranks.train, num_ranks, whole, [])
+    exits = run_until_killed(ranks.train, num_ranks, broken, [], ranks.Death(kill))
+    assert exits == [-signal.SIGKILL] * num_ranks
     reached = losses(folder / "broken")
     assert kill - 1 <= len(reached) <= kill, "the kill came at the step that was asked for"
-    verdicts = run_ranks(ranks.train, 2, broken, [])
-    assert [v.step for v in verdicts] == [steps, steps]
+    verdicts = run_ranks(ranks.train, num_ranks, broken, [])
+    assert [v.step for v in verdicts] == [steps] * num_ranks
     assert losses(folder / "broken") == losses(folder / "whole")
     final = f"checkpoints/step-{steps:08}"
     expected = state_digests(folder / "whole" / final)
@@ -56,6 +58,20 @@ def resume_after_kill(folder: Path, shards: Path, *, words: list[str], steps: in
 def test_resume_is_the_uninterrupted_run(tmp_path: Path, tiny_shards: Path, stage: int, precision: str) -> None:
     words = [f"zero.stage={stage}", f"precision.parameters={precision}"]
     resume_after_kill(tmp_path, tiny_shards, words=words, steps=20, kill=10, every=4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["mesh.tp=2", "zero.stage=3"],
+        ["mesh.ring=2", "zero.engine=fsdp2", "zero.stage=3", "precision.parameters=bfloat16"],
+        ["mesh.ulysses=2", "zero.engine=fsdp2", "zero.stage=2", "zero.partition=2", "execution.recompute=all"],
+    ],
+    ids=" ".join,
+)
+def test_a_mesh_resumes(tmp_path: Path, tiny_shards: Path, words: list[str]) -> None:
+    """Two samples at once, each on two ranks."""
+    resume_after_kill(tmp_path, tiny_shards, words=words, steps=8, kill=5, every=2, num_ranks=4)
 
 
 def test_a_longer_run_resumes(tmp_path: Path, tiny_shards: Path) -> None:

@@ -47,10 +47,15 @@ def test_float64_says_that_fsdp2_stands_in(tiny_shards: Path, tmp_path: Path) ->
 
 def test_bfloat16_is_judged_by_its_own_error(tiny_shards: Path, tmp_path: Path) -> None:
     status, out, _ = verify(
-        write_recipe(tmp_path, tiny_shards), "--dtype", "bfloat16", "--steps", "1", *meshes("dp=1", "dp=2,stage=3")
+        write_recipe(tmp_path, tiny_shards),
+        "--dtype",
+        "bfloat16",
+        "--steps",
+        "1",
+        *meshes("dp=1", "tp=2,stage=3", "ring=2,stage=2"),
     )
     assert status == 0, out
-    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["dp=1", "dp=2,stage=3"]
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["dp=1", "tp=2,stage=3", "ring=2,stage=2"]
 
 
 LIE = """
@@ -85,6 +90,9 @@ def test_what_differs_is_named(tiny_shards: Path, tmp_path: Path) -> None:
     [
         ([], "--mesh dp=1"),
         (meshes("dp=1", "cp=2"), "'cp=2' is none of dp="),
+        (meshes("dp=auto"), "'dp=auto' must be a whole number from 1 on"),
+        (meshes("dp=1", "tp=0"), "'tp=0' must be a whole number from 1 on"),
+        ([*meshes("dp=1", "tp=x"), "--shrink"], "'tp=x' must be a whole number from 1 on"),
         (meshes("dp=1", "tp=3"), "mesh.tp=3 must divide the model's 2 heads"),
         (meshes("dp=1", "ulysses=2,stage=1,engine=fsdp2"), "zero.stage=1 with zero.engine=fsdp2"),
         (meshes("dp=1", "dp=64"), "too many for"),
@@ -95,6 +103,24 @@ def test_what_differs_is_named(tiny_shards: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_refused(tiny_shards: Path, tmp_path: Path, words: list[str], told: str) -> None:
     status, out, err = verify(write_recipe(tmp_path, tiny_shards), *words)
     assert (status, out) == (2, "") and told in err and len(err.splitlines()) == 1
+
+
+def test_a_bucket_whose_degrees_a_mesh_has_no_ranks_for(tiny_shards: Path, tmp_path: Path) -> None:
+    bucket = "data.buckets=[{frames: 5, height: 16, width: 16, ulysses: 2}]"
+    status, out, _ = verify(write_recipe(tmp_path, tiny_shards, [bucket]), "--steps", "1", *meshes("dp=1", "dp=2"))
+    assert status == 0, out
+    assert "dp=1: 5x16x16 takes the mesh's degrees, as 1 ranks aren't 1 x 2" in out and "dp=2: " not in out
+
+
+@pytest.mark.parametrize("shrink", [[], ["--shrink"]], ids=["as it is", "shrunk"])
+def test_it_runs_inside_a_job(tiny_shards: Path, tmp_path: Path, shrink: list[str]) -> None:
+    recipe = write_recipe(tmp_path, tiny_shards)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    words = ["verify", str(recipe), *shrink, "--steps", "1", *meshes("dp=2", "ulysses=2,engine=fsdp2,stage=3", "tp=2")]
+    command, environment = [*launcher, "framework.cli", *words], CLEAN | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert done.stdout.count("agrees") == 2, "one rank tells"
 
 
 WAN_14B = """

@@ -18,6 +18,14 @@ from framework.shapes import ClipShape
 
 CLIPS = {"8": ClipShape(5, 32, 32), "7": ClipShape(25, 16, 16), "13": ClipShape(49, 16, 16)}  # tokens -> clip
 ENGINES = ("stage=1", "stage=2", "stage=3", "fsdp2")
+FSDP2 = ["zero.engine=fsdp2"]
+WORDS = {
+    **{engine: [f"zero.{engine}"] for engine in ENGINES[:3]},
+    "fsdp2": [*FSDP2, "zero.stage=3"],
+    "fsdp2-2": [*FSDP2, "zero.stage=2"],
+    "hybrid": [*FSDP2, "zero.stage=3", "zero.partition=2"],
+    "offload": ["zero.stage=2", "zero.offload=optimizer"],
+}
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,9 @@ class Cell:
                 own = f", ring: {ring}, ulysses: {ulysses}"
             buckets.append(f"{{frames: {clip.frames}, height: {clip.height}, width: {clip.width}{own}}}")
         streams = [f"{{path: {folder / bucket.partition(':')[0]}}}" for bucket in self.data.split("+")]
-        zero = ["zero.engine=fsdp2", "zero.stage=3"] if self.engine == "fsdp2" else [f"zero.{self.engine}"]
         return [
             *(f"mesh.{name}={degree}" for name, degree in axes),
-            *zero,
+            *WORDS[self.engine],
             "zero.persistence=0",
             f"data.buckets=[{', '.join(buckets)}]",
             f"data.streams=[{', '.join(streams)}]",
@@ -109,6 +116,11 @@ def cells() -> list[Cell]:
         for j, engine in enumerate(ENGINES)
     ]
     made += [Cell(mesh, engine, data="8+7", steps=8) for mesh in [(1, 2, 1, 2), (2, 1, 2, 1)] for engine in ENGINES]
+    made += [
+        Cell(mesh, engine, data="8+7", steps=2)
+        for mesh in [(2, 2, 1, 1), (2, 1, 1, 2), (1, 1, 2, 2)]
+        for engine in ("fsdp2-2", "hybrid", "offload")
+    ]
     return made
 
 

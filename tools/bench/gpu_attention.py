@@ -34,7 +34,7 @@ from framework.kernels.config import (
     AttentionConfig,
     AttentionNeeds,
     check_attention,
-    choose_flash,
+    fitting_flash,
     installed_flash,
 )
 from framework.parallel.context_parallel import ring
@@ -74,7 +74,7 @@ class RingRow:
 def direct_call(kernel: str) -> Direct:
     """The function that a user of the library would call: `B S H d` in and out, differentiable."""
     if kernel == "flash":
-        match choose_flash(installed_flash(), torch.cuda.get_device_capability(), deterministic=False):
+        match fitting_flash(installed_flash(), torch.cuda.get_device_capability(), deterministic=False):
             case 2:
                 from flash_attn import flash_attn_func
             case 3:

@@ -20,7 +20,7 @@ DEFAULT_ROWS = (
 class ZeroConfig:
     """engine: what partitions; deepspeed, or torch's fsdp2. stage: 1 optimizer state, 2 gradients too, 3 parameters too
     (ZeRO, arXiv 1910.02054). With fsdp2 everything is partitioned between steps; stage 2 keeps the gathered parameters
-    from forward to backward, stage 3 gathers them twice, and there is no stage 1.
+    until the step's last backward, stage 3 gathers them twice a micro-batch, and there is no stage 1.
 
     partition: ranks over which is partitioned, a divisor of dp x cp; below that (fsdp2 only) every group of so many
     neighbours holds a replica. offload: optimizer keeps master weights and moments on the host, and updates them there

@@ -13,7 +13,8 @@ gathered in its computing dtype just before it runs, and what is in no block aro
   partition group; over tp, parameters marked `tensor_model_parallel` are summed and replicated ones counted once.
 * The precision table is kept by grouping: in a block, modules whose row differs from the block's are gathered and
   reduced apart from it. A linear that computes in another dtype than the model's default casts its input, and its
-  output back; norms and time embedding do their own upcast (models/layers.py).
+  output back; norms and time embedding do their own upcast (`upcasts`, models/layers.py). So attention, modulation and
+  what is added stay in the default's dtypes.
 """
 
 import warnings
@@ -223,34 +224,34 @@ def partition_unit(
     if not rows:
         return
     own = rows.get(unit) or elements.most_common(1)[0][0]
-    # A block all in another dtype is cast around; else each of its linears that is.
-    whole = bool(prefix) and own.compute != default.compute and set(rows.values()) == {own}
-    apart: defaultdict[tuple[Precision, bool], list[nn.Module]] = defaultdict(list)
+    apart: defaultdict[Precision, list[nn.Module]] = defaultdict(list)
     for module, row in rows.items():
-        casts = not whole and row.compute != default.compute and is_plain_linear(module)
-        if row != own or casts:
+        if row.compute != default.compute and module is not unit and not getattr(module, "upcasts", False):
+            cast_around(module, getattr(torch, row.compute), getattr(torch, default.compute))
+        if row != own:
             if any(True for child in module.children() for _ in child.parameters()):
                 raise ValueError(
                     f"precision.table: {prefix}.{module_name(unit, module)} has parameters of its own in {row} and "
                     f"others below it; give all of it one row, or its own parameters the row {own}"
                 )
-            apart[row, casts].append(module)
-    for (row, casts), modules in [*apart.items(), ((own, whole), [unit])]:
-        compute = getattr(torch, row.compute)
-        policy = MixedPrecisionPolicy(
-            param_dtype=compute,
-            reduce_dtype=getattr(torch, row.reduce),
-            output_dtype=getattr(torch, default.compute) if casts else None,
-            cast_forward_inputs=casts,
-        )
+            apart[row].append(module)
+    for row, modules in [*apart.items(), (own, [unit])]:
+        compute, reduce = getattr(torch, row.compute), getattr(torch, row.reduce)
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
         fully_shard(modules, mesh=device_mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
 
 
-def rows_of_modules(unit: nn.Module, prefix: str, precision: PrecisionConfig) -> dict[nn.Module, Precision]:
-    """The row of every module with parameters of its own, but for modules that are partitioned already.
+def cast_around(module: nn.Module, compute: torch.dtype, default: torch.dtype) -> None:
+    """Let a module compute in its own dtype: what goes in is cast to it, what comes out to the model's.
 
-    Raises ValueError where a module's own parameters need two rows: they are gathered together.
+    By hooks, as FSDP2 would cast for the first and the last only of the modules that it gathers together.
     """
+    module.register_forward_pre_hook(lambda _, args: tuple(x.to(compute) for x in args))
+    module.register_forward_hook(lambda _, args, out: out.to(default))
+
+
+def rows_of_modules(unit: nn.Module, prefix: str, precision: PrecisionConfig) -> dict[nn.Module, Precision]:
+    """The row of every module with parameters of its own, but for modules that are partitioned already."""
     rows: dict[nn.Module, Precision] = {}
     taken = {inner for module in unit.modules() if isinstance(module, FSDPModule) for inner in module.modules()}
     for path, module in unit.named_modules():
@@ -259,18 +260,9 @@ def rows_of_modules(unit: nn.Module, prefix: str, precision: PrecisionConfig) ->
         if found and module not in taken:
             first, *_ = found
             other = next((name for name in found if found[name] != found[first]), None)
-            if other is not None:
-                raise ValueError(
-                    f"precision.table gives parameters of one module two rows: {first} {found[first]}, {other} "
-                    f"{found[other]}; FSDP2 gathers them together: give both the same"
-                )
+            assert other is None, f"{first} and {other} have two rows (launch/check.py)"
             rows[module] = found[first]
     return rows
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module's input must have its weight's dtype."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def module_name(unit: nn.Module, module: nn.Module) -> str:
