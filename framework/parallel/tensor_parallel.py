@@ -52,11 +52,15 @@ class SplitRMSNorm(nn.Module):
 
     def forward(self, x_bsd: Tensor) -> Tensor:
         out: Tensor = NormAcross.apply(x_bsd, self.weight, self.dim, self.eps, self.group)
-        return out
+        return out.to(x_bsd.dtype)
 
 
 class NormAcross(torch.autograd.Function):
-    """The equations of the docstring, in at least float32."""
+    """The equations of the docstring, in at least float32, which is also what comes out.
+
+    What the forward returns is a fresh tensor: where its last act is in place, or a cast to the dtype that is there
+    already, torch 2.11's compiler loses the gradient, without a word.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_bsd: Tensor, weight: Tensor, dim: int, eps: float, group: Group) -> Tensor:
@@ -66,7 +70,7 @@ class NormAcross(torch.autograd.Function):
         r_bs1 = torch.rsqrt(summed(squares, group, "qk_norm") / dim + eps)
         ctx.save_for_backward(x_bsd, weight, r_bs1)
         ctx.dim, ctx.group = dim, group
-        return (x * r_bs1).mul_(weight.to(dtype)).to(x_bsd.dtype)
+        return x * r_bs1 * weight.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

@@ -41,7 +41,7 @@ def test_meshes_that_agree(tiny_shards: Path, tmp_path: Path) -> None:
 def test_float64_says_that_fsdp2_stands_in(tiny_shards: Path, tmp_path: Path) -> None:
     status, out, err = verify(write_recipe(tmp_path, tiny_shards), "--dtype", "float64", *meshes("dp=1", "ulysses=2"))
     assert (status, err) == (0, ""), (out, err)
-    assert "fsdp2 stands in the place of DeepSpeed, whose masters are float32" in out
+    assert "fsdp2 stands in for DeepSpeed, whose masters are float32" in out
     assert out.splitlines()[-1].startswith("ulysses=2") and "agrees" in out.splitlines()[-1]
 
 
