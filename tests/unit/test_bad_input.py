@@ -62,6 +62,12 @@ def refused(*words: str, folder: Path, environment: dict[str, str] | None = None
         (["mesh.dp=0"], ["mesh.dp=0 must be at least 1"]),
         (["mesh.tp=5"], ["mesh.tp=5 must divide the model", "use one of 1, "]),
         (["mesh.dp=two"], ["mesh.dp", "'two'", "int"]),
+        (
+            ["mesh.ring=3", "data.buckets=[{frames: 5, height: 16, width: 16}]"],
+            ["ring=3 is longer than the 2 tokens of a clip", "at most 2"],
+        ),
+        (["mesh.ulysses=16"], ["ulysses=16 needs a head for each of its ranks", "raise ring instead"]),
+        (["data.buckets.0.ring=0"], ["ring=0", "must be at least 1"]),
         (["zero.stage=4"], ["zero.stage=4", "1, 2 and 3"]),
         (["data.streams=[]"], ["data.streams is empty", "name at least one"]),
         (["model.num_layer=3"], ["model.num_layer", "'num_layers'"]),
