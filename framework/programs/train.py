@@ -271,12 +271,12 @@ def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
         f"{bucket.name} = {tokens} tokens" for bucket, tokens in zip(recipe.data.buckets, parts.num_tokens, strict=True)
     )
     num_micro = parts.schedule[progress.step].num_micro
-    traffic = engine_traffic(recipe, shape, parts.mesh.rank, num_micro)
+    zero = engine_traffic(recipe, shape, parts.mesh.rank, num_micro)
     where = f"resumes after step {progress.step}" if progress.step else "starts"
     return [
         f"run {run.path} {where} (attempt {run.attempt})",
         f"mesh {shape} = {shape.world_size} ranks, ZeRO stage {recipe.zero.stage} ({recipe.zero.engine}), "
         f"{recipe.precision.parameters}",
         f"buckets: {buckets}; {recipe.data.global_batch} samples a step, {parts.schedule.waste():.1%} of slots empty",
-        f"ZeRO sends {float(traffic.total) / 1e6:,.1f} MB a rank and step, {traffic.ratio:.3f} of its stage's least",
+        f"ZeRO sends {float(zero.total) / 1e6:,.1f} MB a rank and step, {zero.ratio:.3f} of its stage's least",
     ]
