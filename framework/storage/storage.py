@@ -1,0 +1,77 @@
+"""Where bytes that outlive a run are kept: a directory, or a bucket of an object store.
+
+Names are relative, with slashes, as in a bucket: "step-00000100-0000/manifest.json". Nothing here knows what is stored.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from framework.storage.directory import Directory
+
+REMOTE = "s3://"
+NOT_YET = ("gs://", "az://", "abfs://", "http://", "https://")
+
+
+class Writer(Protocol):
+    """One object being written; it isn't there until `close` returns."""
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Append. Raises OSError."""
+        ...
+
+    def close(self) -> None:
+        """Make it durable. Raises OSError, after which nothing of it counts."""
+        ...
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        ...
+
+
+class Storage(Protocol):
+    """Objects by name. Every method may raise OSError, whose message names the object and never a credential."""
+
+    url: str
+
+    def open_writer(self, name: str) -> Writer:
+        """Begin an object."""
+        ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object, whole or not at all; replaces what was there."""
+        ...
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Write an object unless it is there already: then False. One of several clients at once succeeds."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """All of an object. Raises FileNotFoundError."""
+        ...
+
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the object's bytes from `offset`. Raises OSError when it is shorter."""
+        ...
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Name and size in bytes of everything whose name begins with `prefix`."""
+        ...
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; absent ones are fine."""
+        ...
+
+    def check(self) -> None:
+        """Raises ValueError with the fix where this process couldn't write here."""
+        ...
+
+
+def open_storage(url: str) -> Storage:
+    """The store at a directory or s3://bucket/prefix. Nothing is read or made yet. Raises ValueError for other URLs."""
+    if url.startswith(REMOTE):
+        from framework.storage.s3 import S3
+
+        return S3(url)
+    if url.startswith(NOT_YET):
+        raise ValueError(f"{url}: checkpoints are kept in a directory or under s3://bucket/prefix")
+    return Directory(url)
