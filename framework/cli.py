@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 import typer
 
 from framework import log
-from framework.checkpoint.commit import finished_steps, newest_of_run
+from framework.checkpoint.find import finished_steps, open_checkpoint, store_of
 from framework.environment import Environment, read_environment, visible_gpus
 from framework.launch.check import check_machine, check_start
 from framework.launch.local import run_local, write_failure
 from framework.recipe import Recipe, load_recipe
-from framework.run import Resolved, RunFailure, checkpoints_of, recipe_of_run, resolve_invocation
+from framework.run import Resolved, RunFailure, recipe_of_run, resolve_invocation
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -79,7 +79,7 @@ def train(
     invocation = resolve_invocation(recipe, overrides or [])
     env = read_environment()
     wanted = invocation.recipe.train.steps
-    if (done := finished_steps(checkpoints_of(invocation.recipe))) >= wanted:
+    if (done := finished_steps(store_of(invocation.recipe))) >= wanted:
         if env is None or env.is_first:
             log.line(f"the run {invocation.recipe.run} is finished: {done} of {wanted} steps are done")
     elif env is None:
@@ -101,7 +101,7 @@ def sample(
 ) -> None:
     """A video from a run's newest checkpoint."""
     recipe_of_run(run)
-    newest_of_run(run)
+    open_checkpoint(str(run))
     if weights not in ("ema", "raw"):
         raise ValueError(f"--weights {weights} must be ema or raw")
     from framework.programs.sample import SampleRequest

@@ -117,17 +117,25 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class ResumeConfig:
-    """allow: keys that may differ from the stored recipe although they change the data order, the loss or the model."""
+    """allow: keys that may differ from the stored recipe although they change the data order, the loss or the model.
+    fall_back: where the newest checkpoint is damaged, go on from the newest one that is whole. Both are for one start.
+    """
 
     allow: list[str] = field(default_factory=list)
+    fall_back: bool = False
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run depends on. run: its directory. seed: where all randomness starts."""
+    """Everything a run depends on. run: its directory. seed: where all randomness starts. init_from: weights to begin
+    with: a run, a checkpoint, or a directory saved by diffusers (DIR:transformer_2 for a part of a pipeline); of a run
+    or checkpoint those that init_weights names.
+    """
 
     run: str = ""
     seed: int = 0
+    init_from: str = ""
+    init_weights: Literal["ema", "raw"] = "ema"
     mesh: MeshConfig = field(default_factory=MeshConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

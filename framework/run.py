@@ -3,14 +3,15 @@
     RUN/recipe.yaml  lineage.json  metrics.jsonl  validation.jsonl
         checkpoints/step-00000100/   samples/   attempts/0000/{recipe.yaml,verdict.json,logs/}
 
-An attempt is claimed by creating its directory, which only one process can do: the directory is the fence. A process
-whose attempt is no longer the newest must not commit anything.
+Attempts are numbered by the fence in the checkpoints' store (checkpoint/fence.py): a process whose attempt is no
+longer the newest can't commit anything.
 """
 
 import dataclasses
 import difflib
 import fcntl
 import fnmatch
+import hashlib
 import json
 import os
 import socket
@@ -51,7 +52,7 @@ FREE = (
     "log.*",
     "resume.*",
 )
-
+BOUND = ("checkpoint.store",)  # not free although the above match it
 
 CHECKPOINTS = "checkpoints"
 
@@ -77,10 +78,6 @@ class Run:
     attempt: int
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
-
-    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
@@ -88,17 +85,8 @@ class Run:
     def attempt_path(self) -> Path:
         return self.path / "attempts" / f"{self.attempt:04}"
 
-    def holds_fence(self) -> bool:
-        """Whether no newer attempt has claimed the run."""
-        return latest_attempt(self.path) == self.attempt
-
     def write_verdict(self, verdict: Verdict) -> None:
         write_atomically(self.attempt_path / "verdict.json", json.dumps(dataclasses.asdict(verdict)) + "\n")
-
-
-def checkpoints_of(recipe: Recipe) -> Path:
-    """Where a recipe's run keeps its checkpoints."""
-    return Path(recipe.run) / CHECKPOINTS
 
 
 def latest_attempt(path: Path) -> int:
@@ -126,17 +114,15 @@ def lock_run(path: Path) -> None:
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
-def claim_attempt(path: Path) -> int:
-    """Claim the next attempt: creates its directory, which succeeds for one process only."""
+def open_attempt(path: Path, number: int) -> bool:
+    """Create the directory of an attempt; False where it is there already."""
     (path / "attempts").mkdir(parents=True, exist_ok=True)
-    while True:
-        number = latest_attempt(path) + 1
-        try:
-            (path / "attempts" / f"{number:04}").mkdir()
-        except FileExistsError:
-            continue
-        (path / "attempts" / f"{number:04}" / "logs").mkdir()
-        return number
+    try:
+        (path / "attempts" / f"{number:04}").mkdir()
+    except FileExistsError:
+        return False
+    (path / "attempts" / f"{number:04}" / "logs").mkdir()
+    return True
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -202,7 +188,9 @@ def check_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"run={path} is a file: name a directory")
     if path.is_dir() and not is_run(path):
-        others = sorted(entry.name for entry in path.iterdir() if entry.name not in ("attempts", "lineage.json"))
+        others = sorted(
+            entry.name for entry in path.iterdir() if entry.name not in ("attempts", CHECKPOINTS, "lineage.json")
+        )
         if others:
             raise ValueError(f"run={path} holds {others[0]!r} and is no run: name a new or empty directory")
 
@@ -229,8 +217,8 @@ def without_degrees(recipe: Recipe) -> Recipe:
 def check_changes(stored: Recipe, changed: Recipe) -> None:
     """Refuse changes to an existing run that would not be the same run."""
     old, new = flatten(without_degrees(stored)), flatten(without_degrees(changed))
-    allowed = (*FREE, *changed.resume.allow)
     for key in sorted(old.keys() | new.keys()):
+        allowed = (*(FREE if key not in BOUND else ()), *changed.resume.allow)
         if old.get(key) != new.get(key) and not any(fnmatch.fnmatch(key, pattern) for pattern in allowed):
             raise ValueError(
                 f"{key}={new.get(key)} differs from {old.get(key)} in the run {stored.run}: it changes the data order, "
@@ -261,15 +249,25 @@ def lineage(path: Path, overrides: tuple[str, ...]) -> dict[str, object]:
         words = stored["overrides"]
         assert isinstance(words, list)
         return stored | {"overrides": [*words, *overrides]}
-    flash = [FLASH_DISTRIBUTIONS[generation] for generation in installed_flash()]
-    packages = ("cuboid", "torch", "deepspeed", "mosaicml-streaming", "einops", "omegaconf", "numpy")
     return {
-        "versions": {name: metadata.version(name) for name in (*packages, *flash)},
+        "versions": versions(),
         "commit": git_commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "overrides": list(overrides),
         "parents": [],
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a run depends on."""
+    flash = [FLASH_DISTRIBUTIONS[generation] for generation in installed_flash()]
+    packages = ("cuboid", "torch", "deepspeed", "mosaicml-streaming", "einops", "omegaconf", "numpy")
+    return {name: metadata.version(name) for name in (*packages, *flash)}
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """A hash of a recipe with all its keys."""
+    return hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:16]
 
 
 def git_commit() -> str | None:

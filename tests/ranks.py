@@ -20,7 +20,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor
 
 import framework.parallel.zero.deepspeed  # noqa: F401
-from framework.checkpoint import store
+from framework.checkpoint import writer
 from framework.data.loader import Loader
 from framework.environment import Environment
 from framework.evaluate.agreement import Observation
@@ -68,9 +68,9 @@ def arrange(death: Death) -> None:
         case "step":
             before(program, "optimizer_step", lambda parts, work: work.step == death.step)
         case "write":
-            before(store, "save_fragments", lambda path, *_: path.name == saved)
+            before(writer, "write_file", lambda store, name, *_: name.startswith(saved))
         case "commit":
-            before(store, "commit", lambda path, **_: path.name == saved)
+            before(writer, "encode_manifest", lambda manifest: manifest.progress.step == death.step)
 
 
 @dataclass(frozen=True)

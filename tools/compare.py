@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from framework.checkpoint.commit import newest_of_run
+from framework.checkpoint.find import open_checkpoint
+from framework.checkpoint.read import CheckpointReader
 from framework.data.shards import LatentSample, open_shards
 from framework.diffusion.video_file import to_uint8, write_contact_sheet
 from framework.parallel.mesh import lone_mesh
@@ -41,7 +42,7 @@ def compare(run: Path, *, seeds: list[int], weights: Literal["ema", "raw"], out:
         raise SystemExit(f"{recipe.data.streams[0].path} holds videos; this tool compares with latents")
     (clip,) = to_uint8(encoders.tokenizer.decode(torch.from_numpy(sample.latents).float()[None]))
     best_still = max(psnr(still.expand(clip.shape), clip) for still in (*clip, clip.double().mean(0)))
-    model = LocalModel(load_model(recipe, newest_of_run(run), weights=weights, device=device))
+    model = LocalModel(load_model(recipe, CheckpointReader(*open_checkpoint(str(run))), weights=weights, device=device))
     generator = Generator(recipe, encoders, recipe.data.buckets[0].clip, device, lone_mesh())
     rows, results = [("the clip, as its tokenizer gives it back", clip)], {}
     for seed in seeds:

@@ -3,13 +3,12 @@
 import os
 from fnmatch import fnmatchcase
 
-from framework.checkpoint.commit import newest_checkpoint
+from framework.checkpoint.find import newest, store_of
 from framework.data.buckets import bucket_views, check_held_out, open_streams
 from framework.data.config import StreamConfig
 from framework.parallel.config import MeshShape, resolve_mesh, split_shape
 from framework.plan.parameters import parameter_shapes
 from framework.recipe import Recipe, bucket_degrees, check_kernel
-from framework.run import checkpoints_of
 from framework.tokenizer.config import tokenizer_version
 
 # Without GPUs ranks are for trying things out; beyond this they only starve each other.
@@ -27,7 +26,7 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     recipe.zero.partition_size(shape.dp * shape.cp)
     check_table(recipe)
     check_kernel(recipe, num_gpus=num_gpus)
-    newest_checkpoint(checkpoints_of(recipe), shape, recipe.zero.stage)
+    newest(store_of(recipe), fall_back=recipe.resume.fall_back)
     version = tokenizer_version(recipe.tokenizer)
     streams = open_streams(recipe.data.streams, tokenizer_version=version)
     bucket_views(streams, recipe.data.buckets)

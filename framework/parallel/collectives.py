@@ -163,6 +163,9 @@ def sum_gradient(x: Tensor, group: Group) -> Tensor:
 
 def broadcast_object(value: T | None, group: Group, *, source: int = 0) -> T:
     """The value that the group's member `source` holds, on every member. For plans and flags, not for tensors."""
+    if group.process_group is None:  # one process without torch.distributed
+        assert value is not None
+        return value
     box: list[T | None] = [value]
     dist.broadcast_object_list(box, src=group.ranks[source], group=group.process_group)
     assert box[0] is not None
@@ -171,6 +174,8 @@ def broadcast_object(value: T | None, group: Group, *, source: int = 0) -> T:
 
 def gather_objects(value: T, group: Group) -> list[T]:
     """Everybody's value, in the group's order, on every member. For plans and flags, not for tensors."""
+    if group.process_group is None:  # one process without torch.distributed
+        return [value]
     values: list[T] = [value] * group.size
     dist.all_gather_object(values, value, group=group.process_group)
     return values

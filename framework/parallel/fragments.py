@@ -64,13 +64,16 @@ def range_boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """A tensor-parallel rank's box of a global tensor. owner: whether this rank writes it; others may hold the same."""
+    """A tensor-parallel rank's box of a global tensor. owner: whether this rank writes it; others may hold the same.
+    trainable: whether it is trained. A frozen one has the state "model" alone.
+    """
 
     name: str
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     owner: bool = True
+    trainable: bool = True
 
     @staticmethod
     def whole(name: str, shape: tuple[int, ...]) -> "ParameterShard":
@@ -82,8 +85,8 @@ class ParameterShard:
 class Fragment:
     """A flat range of a parameter shard, in one state of the training.
 
-    state: "model" (fp32 master weights), "exp_avg", "exp_avg_sq" or "ema". flat: 1-D view of the live buffer: writing
-    to it writes the state.
+    state: "model" (fp32 master weights; frozen ones as they are held), "exp_avg", "exp_avg_sq" or "ema". flat: 1-D view
+    of the live buffer: writing to it writes the state.
     """
 
     state: str

@@ -18,6 +18,7 @@ ranks share a sample, and neither tp nor zero: no parameter moves. `Mesh.split` 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Final
@@ -113,9 +114,11 @@ def group_ranks(shape: MeshShape, axes: tuple[str, ...]) -> list[tuple[int, ...]
     return [tuple(int(rank) for rank in row) for row in rows]
 
 
-def new_group(ranks: tuple[int, ...], *, backend: str | None = None) -> dist.ProcessGroup | None:
+def new_group(
+    ranks: tuple[int, ...], *, backend: str | None = None, timeout: timedelta | None = None
+) -> dist.ProcessGroup | None:
     """A process group of some ranks; None on the ranks outside it. A collective over the world."""
-    group = dist.new_group(list(ranks), backend=backend)
+    group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
@@ -168,6 +171,20 @@ def lone_mesh() -> Mesh:
     """The mesh of one process without torch.distributed: every group is this rank alone."""
     groups = {name: Group(name, (0,), 0, None) for name in (*GROUP_AXES, "control")}
     return Mesh(shape=MeshShape(1, 1, 1, 1), rank=0, splits={}, **groups)
+
+
+def saving_group(mesh: Mesh, name: str) -> Group:
+    """`world` or `zero` once more, on gloo and with a process group of its own, so that what the background sends and
+    what the loop sends never wait for each other. Its patience is that of a store's outage. Collective over the world.
+    """
+    own: Group = getattr(mesh, name)
+    if own.process_group is None:
+        return own
+    for ranks in group_ranks(mesh.shape, GROUP_AXES[name]):
+        process_group = new_group(ranks, backend="gloo", timeout=timedelta(hours=1))
+        if mesh.rank in ranks:
+            own = Group(f"saving {name}", ranks, ranks.index(mesh.rank), process_group)
+    return own
 
 
 def cut_zero_group(mesh: Mesh, size: int) -> tuple[Group, Group]:

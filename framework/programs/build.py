@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from framework.checkpoint.fence import Fence, claim
 from framework.data.buckets import Stream, open_streams
 from framework.data.config import StreamConfig
 from framework.data.loader import BatchBuilder
@@ -28,7 +29,8 @@ from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import Group, Mesh, build_mesh, world_group
 from framework.parallel.zero.engine import Engine
 from framework.recipe import Recipe, bucket_degrees, flatten
-from framework.run import Run, claim_attempt, lock_run, store_recipe
+from framework.run import Run, latest_attempt, lock_run, open_attempt, store_recipe
+from framework.storage.storage import Storage
 from framework.text.encoder import TextEncoder, build_text_encoder
 from framework.tokenizer.config import tokenizer_version
 from framework.tokenizer.tokenizer import Tokenizer, build_tokenizer
@@ -104,26 +106,38 @@ def agree_on_recipe(recipe: Recipe, world: Group, *, apart: tuple[str, ...]) -> 
         raise ValueError(f"the ranks were started with different recipes; against rank 0 differ: {'; '.join(wrong)}")
 
 
-def open_run(recipe: Recipe, overrides: tuple[str, ...], mesh: Mesh) -> Run:
-    """Rank 0 claims an attempt and stores the recipe before any weight exists; the others write to logs from now on."""
-    path = Path(recipe.run)
-    claim = Claim()
+def open_run(recipe: Recipe, overrides: tuple[str, ...], mesh: Mesh, storage: Storage) -> tuple[Run, Fence]:
+    """Rank 0 claims an attempt and stores the recipe before any weight exists; the others write to logs from now on.
+
+    storage: of the checkpoints, whose fence gives the attempt's number. Raises ValueError when another process of this
+    machine holds the run, or nothing can be written.
+    """
+    path, told = Path(recipe.run), Claim()
     if mesh.rank == 0:
         try:
-            lock_run(path)
-            claim = Claim(attempt=claim_attempt(path))
-            store_recipe(Run(path, claim.attempt), recipe, overrides, dp=mesh.shape.dp)
+            told = Claim(attempt=claim_run(path, storage))
+            store_recipe(Run(path, told.attempt), recipe, overrides, dp=mesh.shape.dp)
         except (ValueError, OSError) as error:
-            claim = Claim(refusal=str(error))
-    claim = broadcast_object(claim, mesh.control)
-    if claim.refusal is not None:  # on every rank, so that none waits for the others
-        raise ValueError(claim.refusal)
-    run = Run(path, claim.attempt)
+            told = Claim(refusal=str(error))
+    told = broadcast_object(told, mesh.control)
+    if told.refusal is not None:  # on every rank, so that none waits for the others
+        raise ValueError(told.refusal)
+    run = Run(path, told.attempt)
     if mesh.rank != 0:
         log = os.open(run.attempt_path / "logs" / f"rank-{mesh.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, sys.stdout.fileno())
         os.dup2(log, sys.stderr.fileno())
-    return run
+    return run, Fence(storage, run.attempt)
+
+
+def claim_run(path: Path, storage: Storage) -> int:
+    """Claim the next attempt at a run and its store, both of which may have seen others; its number."""
+    lock_run(path)
+    storage.check()
+    while True:
+        fence = claim(storage, first=latest_attempt(path) + 1)
+        if open_attempt(path, fence.attempt):
+            return fence.attempt
 
 
 def build_model(recipe: Recipe, mesh: Mesh) -> tuple[nn.Module, list[ParameterShard]]:
@@ -149,13 +163,16 @@ def build_engine(recipe: Recipe, model: nn.Module, shards: list[ParameterShard],
 
 
 @torch.no_grad()
-def initialise(fragments: list[Fragment], recipe: Recipe) -> None:
-    """Fill the master weights, each tensor from its own key, one tensor at a time: the same on every mesh."""
+def initialise(fragments: list[Fragment], recipe: Recipe) -> list[str]:
+    """Fill the master weights, each tensor from its own key, one tensor at a time: the same on every mesh. Returns what
+    a person should know of it.
+    """
     for fragment in fragments:
         if fragment.state == "model":
             name, shape = fragment.shard.name, fragment.shard.global_shape
             generator = torch.Generator().manual_seed(key(recipe.seed, "init", uid=name))
             fragment.copy_from(init_tensor(name, shape, generator, recipe.model))
+    return []
 
 
 def build_encoders(recipe: Recipe) -> Encoders:

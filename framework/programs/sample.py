@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from framework.batch import Condition, Tokens
-from framework.checkpoint.commit import Found, newest_of_run
-from framework.checkpoint.dcp import load_fragments
+from framework.checkpoint.find import open_checkpoint
+from framework.checkpoint.read import CheckpointReader
 from framework.diffusion.video_file import write_contact_sheet, write_mp4
 from framework.kernels.attention import build_attention
 from framework.kernels.config import AttentionConfig
@@ -49,7 +49,7 @@ class LocalModel:
 def sample(path: Path, request: SampleRequest) -> str:
     """Sample and write an mp4 and, beside it, a contact sheet. Returns the line to print."""
     recipe = recipe_of_run(path)
-    found = newest_of_run(path)
+    reader = CheckpointReader(*open_checkpoint(str(path)))
     recipe = replace(
         recipe,
         sampler=replace(
@@ -59,19 +59,21 @@ def sample(path: Path, request: SampleRequest) -> str:
         ),
     )
     device = build.this_device()
-    model = load_model(recipe, found, weights=request.weights, device=device)
+    model = load_model(recipe, reader, weights=request.weights, device=device)
     generator = Generator(recipe, build.build_encoders(recipe), recipe.data.buckets[0].clip, device, lone_mesh())
     (video,) = generator(LocalModel(model), [request.prompt], seed=request.seed)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     sheet = request.out.with_suffix(".png")
     write_mp4(request.out, video, generator.fps)
     write_contact_sheet(sheet, [(request.prompt or "(no prompt)", video)])
-    step = found.manifest.progress.step
+    step = reader.found.manifest.progress.step
     return f"{request.out} and {sheet}: {generator.clip} from step {step}, {request.weights} weights"
 
 
 @torch.no_grad()
-def load_model(recipe: Recipe, found: Found, *, weights: Literal["ema", "raw"], device: torch.device) -> DiT:
+def load_model(
+    recipe: Recipe, reader: CheckpointReader, *, weights: Literal["ema", "raw"], device: torch.device
+) -> DiT:
     """The transformer in the recipe's precision. Reads one tensor's fp32 values at a time into their place."""
     # Not the run's kernel, which may need a GPU or a package that isn't here, but what this machine has.
     here = resolve_auto(replace(recipe, attention=AttentionConfig()))
@@ -83,5 +85,5 @@ def load_model(recipe: Recipe, found: Found, *, weights: Literal["ema", "raw"], 
         Fragment(state, ParameterShard.whole(name, tuple(parameter.shape)), 0, parameter.data.view(-1))
         for name, parameter in model.named_parameters()
     ]
-    load_fragments(found.path, fragments, None)
+    reader.load(fragments)
     return model.to(device=device, dtype=getattr(torch, recipe.precision.parameters)).eval()

@@ -4,7 +4,8 @@ import gc
 import signal
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Protocol
 
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor
 
 from framework.batch import Batch, Noised, Tokens
-from framework.checkpoint.commit import Progress, newest_checkpoint
-from framework.checkpoint.store import Checkpoints
+from framework.checkpoint.find import store_of
+from framework.checkpoint.local import local_directory
+from framework.checkpoint.manifest import Origin, Progress
+from framework.checkpoint.resume import Resumed, resume
+from framework.checkpoint.save import Saver
+from framework.checkpoint.writer import Subject
 from framework.data.loader import Loader
 from framework.data.schedule import Schedule, Work
 from framework.ema import Ema
@@ -22,15 +27,16 @@ from framework.log import ProgressReport
 from framework.metrics import MetricsWriter, StepRecord
 from framework.models.patchify import patchify
 from framework.optim import learning_rate
-from framework.parallel.collectives import all_reduce_sum, barrier, broadcast_object, gather_objects
+from framework.parallel.collectives import all_reduce_sum, barrier, gather_objects
 from framework.parallel.context_parallel.tokens import split_tokens
+from framework.parallel.fragments import ParameterShard
 from framework.parallel.mesh import Mesh
 from framework.parallel.zero.engine import Engine, StepStats
 from framework.plan.zero_traffic import engine_traffic
 from framework.programs import build
 from framework.programs.observe import Observer
 from framework.recipe import Recipe, bucket_tokens, resolve_auto
-from framework.run import Resolved, Run, RunFailure, Verdict, checkpoints_of
+from framework.run import Resolved, Run, RunFailure, Verdict, recipe_hash, versions
 from framework.shapes import LatentShape, latent_shape
 
 
@@ -71,37 +77,42 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     stop = StopFlag()
     recipe = resolve_auto(invocation.recipe)
     mesh = build.open_mesh(recipe, env)
-    newest = newest_checkpoint(checkpoints_of(recipe), mesh.shape, recipe.zero.stage) if mesh.rank == 0 else None
-    (found,) = broadcast_object([newest], mesh.control)
-    run = build.open_run(recipe, invocation.overrides, mesh)
+    storage = store_of(recipe)
+    run, fence = build.open_run(recipe, invocation.overrides, mesh, storage)
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
     ema = Ema(engine.fragments(), recipe.ema)
-    checkpoints = Checkpoints(run, recipe.checkpoint, mesh, zero_stage=recipe.zero.stage)
-    progress = Progress()
-    if found is None:
-        build.initialise(engine.fragments(), recipe)
+    fragments = [*engine.fragments(), *ema.fragments()]
+    near = local_directory(recipe.checkpoint.local, storage) if recipe.checkpoint.local else None
+    resumed = resume(storage, fragments, mesh.control, fall_back=recipe.resume.fall_back, near=near)
+    notes = list(invocation.notes)
+    if resumed is None:
+        notes += build.initialise(engine.fragments(), recipe)
         ema.restart()
     else:
-        progress = checkpoints.load(found, [*engine.fragments(), *ema.fragments()])
+        notes += resumed.notes
+    progress = Progress() if resumed is None else resumed.found.manifest.progress
     engine.refresh(updates=progress.updates)
+    if mesh.rank == 0:
+        fence.begin(progress.step)
+    subject = build_subject(recipe, mesh, shards, run, resumed)
+    saver = Saver(storage, recipe.checkpoint, mesh, fence=fence, subject=subject, fragments=fragments)
     encoders = build.build_encoders(recipe)
     parts = build_parts(recipe, mesh, engine, ema=ema, encoders=encoders, start=progress.step)
     observer = Observer(recipe, mesh, run, flow=build.build_flow(recipe), engine=engine, ema=ema, encoders=encoders)
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
-    for text in (*invocation.notes, *start_lines(parts, progress, run)):
+    for text in (*notes, *start_lines(parts, progress, run)):
         report.say(text)
     metrics = MetricsWriter(run.path, start=progress.step, writes=mesh.rank == 0, tensorboard=recipe.log.tensorboard)
     try:
-        progress, stopped = loop(
-            parts, progress, checkpoints, observer=observer, metrics=metrics, report=report, stop=stop
-        )
+        progress, stopped = loop(parts, progress, saver, observer=observer, metrics=metrics, report=report, stop=stop)
     except ValueError as error:
         # The user's mistakes are found before the loop; what is raised inside needs its traceback.
         raise RuntimeError(f"the run {run.path} failed: {error}") from error
     finally:
         gc.enable()
         parts.loader.close()
+        saver.close()
         report.close()
         metrics.close()
     verdict = Verdict("stopped" if stopped else "done", progress.step, stopped)
@@ -114,7 +125,7 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
 def loop(
     parts: Parts,
     progress: Progress,
-    checkpoints: Checkpoints,
+    saver: Saver,
     *,
     observer: Observer,
     metrics: MetricsWriter,
@@ -127,8 +138,8 @@ def loop(
     stopped: int | None = None
     gc.disable()
     while progress.step < last and stopped is None:
-        # Whether anybody was asked to stop is agreed on while the step runs, and so before the next one.
-        asked = torch.tensor([stop.signal or 0])
+        # Whether anybody was asked to stop, or can't save, is agreed on while the step runs, so before the next one.
+        asked = torch.tensor([stop.signal or 0, saver.failed])
         agreement = all_reduce_sum(asked, parts.mesh.control, "stop")
         begin, waited = time.perf_counter(), parts.loader.waited
         work = parts.loader.next_work()
@@ -154,7 +165,12 @@ def loop(
             uids=suspects,
         )
         agreement.wait()
-        stopped = (stop.signal or signal.SIGTERM) if int(asked) and progress.step < last else None
+        signalled, failed = asked.tolist()
+        if failed:
+            saver.wait()  # raises
+        for text in saver.report():
+            report.say(text)
+        stopped = (stop.signal or signal.SIGTERM) if signalled and progress.step < last else None
         saves = progress.step % recipe.checkpoint.every == 0 or progress.step == last or stopped is not None
         fails = progress.bad_steps >= recipe.train.max_bad_steps
         if saves or fails or observer.is_due(progress.step):
@@ -164,10 +180,32 @@ def loop(
             raise RunFailure(f"up to step {progress.step}, {progress.bad_steps} updates in a row had no finite norm")
         observer.observe(progress.step, metrics, report)
         if saves:
-            checkpoints.save([*parts.engine.fragments(), *parts.ema.fragments()], progress)
+            saver.save(progress)
         if progress.step % recipe.train.collect_garbage_every == 0:
             gc.collect()
+    saver.wait()
+    for text in saver.report():
+        report.say(text)
     return progress, stopped
+
+
+def build_subject(
+    recipe: Recipe, mesh: Mesh, shards: list[ParameterShard], run: Run, resumed: Resumed | None
+) -> Subject:
+    """What the checkpoints of this attempt say of themselves."""
+    parents = (recipe.init_from,) if recipe.init_from else ()
+    origin = Origin(
+        attempt=run.attempt,
+        mesh=asdict(mesh.shape),
+        engine=recipe.zero.engine,
+        zero_stage=recipe.zero.stage,
+        precision=recipe.precision.parameters,
+        recipe=recipe_hash(recipe),
+        versions=versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        parents=parents if resumed is None else (resumed.found.entry.folder,),
+    )
+    return Subject(origin, asdict(recipe.model), shards, known=None if resumed is None else resumed.frozen)
 
 
 def optimizer_step(parts: Parts, work: Work) -> tuple[Tensor, StepStats, tuple[str, ...]]:

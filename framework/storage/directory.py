@@ -44,7 +44,7 @@ class Directory:
     """`Storage` in a directory. It is made when something is written."""
 
     def __init__(self, path: str) -> None:
-        self.url = path
+        self.url, self.gap = path, 0
         self._root = Path(path)
 
     def open_writer(self, name: str) -> FileWriter:
@@ -117,7 +117,9 @@ class Directory:
         if not folder.is_dir():
             raise ValueError(f"{self.url}: {folder} is a file; name a directory")
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(f"{self.url}: this user may not write in {folder}; change its mode or name another directory")
+            raise ValueError(
+                f"{self.url}: this user may not write in {folder}; change its mode or name another directory"
+            )
 
     def _write_aside(self, path: Path, data: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)

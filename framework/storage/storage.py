@@ -29,9 +29,13 @@ class Writer(Protocol):
 
 
 class Storage(Protocol):
-    """Objects by name. Every method may raise OSError, whose message names the object and never a credential."""
+    """Objects by name. Every method may raise OSError, whose message names the object and never a credential.
+
+    url: the place, without credentials. gap: bytes that are quicker read than left out between two ranges.
+    """
 
     url: str
+    gap: int
 
     def open_writer(self, name: str) -> Writer:
         """Begin an object."""

@@ -1,0 +1,73 @@
+"""The fence: of two attempts at one store, the older can't commit any more.
+
+    STORE/fence/0003.json         attempt 3 has claimed the store: created by one client only
+          fence/0003-start.json   {"step": 400}: where it began
+
+An attempt claims before it looks for the newest checkpoint, and looks for newer claims before it commits. Between that
+look and the commit a newer attempt may claim, list the checkpoints and begin at an earlier one; the late commit is then
+told by what the newer attempt has put down: a checkpoint of an older attempt at a step beyond the start of a newer
+one doesn't count.
+"""
+
+import json
+import re
+import socket
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from framework.checkpoint.manifest import Entry
+from framework.storage.storage import Storage
+
+FENCE: Final = re.compile(r"fence/(\d{4,})\.json")
+START: Final = re.compile(r"fence/(\d{4,})-start\.json")
+
+
+class TakenOver(OSError):
+    """A newer attempt has claimed the store."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    """The claim of this attempt."""
+
+    storage: Storage
+    attempt: int
+
+    def check(self) -> None:
+        """Raises TakenOver when a newer attempt has claimed the store."""
+        newest = latest_claim(self.storage.list("fence/"))
+        if newest > self.attempt:
+            raise TakenOver(
+                f"attempt {newest} has taken over {self.storage.url}; this one, attempt {self.attempt}, saves nothing "
+                "more and stops"
+            )
+
+    def begin(self, step: int) -> None:
+        """Put down that this attempt goes on from `step`."""
+        self.storage.put(f"fence/{self.attempt:04}-start.json", json.dumps({"step": step}).encode())
+
+
+def latest_claim(names: dict[str, int]) -> int:
+    """The newest attempt that has claimed a store, -1 when none has."""
+    return max((int(match[1]) for name in names if (match := FENCE.fullmatch(name))), default=-1)
+
+
+def claim(storage: Storage, *, first: int) -> Fence:
+    """Claim the store for the next attempt, numbered `first` or above."""
+    number = max(first, latest_claim(storage.list("fence/")) + 1)
+    who = {"host": socket.gethostname(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    while not storage.put_if_absent(f"fence/{number:04}.json", json.dumps(who).encode()):
+        number += 1
+    return Fence(storage, number)
+
+
+def read_starts(storage: Storage, names: dict[str, int]) -> dict[int, int]:
+    """Attempt -> step where it began, of the attempts that have put it down."""
+    found = ((name, START.fullmatch(name)) for name in names)
+    return {int(match[1]): int(json.loads(storage.read(name))["step"]) for name, match in found if match}
+
+
+def counts(entry: Entry, starts: dict[int, int]) -> bool:
+    """Whether a checkpoint was committed before a newer attempt began below it."""
+    return all(start >= entry.step for attempt, start in starts.items() if attempt > entry.attempt)

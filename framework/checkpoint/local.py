@@ -1,0 +1,39 @@
+"""Node-local copies: files are written to a directory of the node first, and copied from there to the store.
+
+    LOCAL/<hash of the store's place>/step-00000100-0000/model-00003.distcp
+
+The copy of the newest committed checkpoint stays, so that a start on the same nodes reads it instead of the store. It
+is checked like everything that is read; a node without it, or with a damaged one, reads the store.
+"""
+
+from pathlib import Path
+
+import xxhash
+
+from framework.checkpoint.manifest import StoredFile, entry_of
+from framework.checkpoint.write import copy_file
+from framework.storage.directory import Directory
+from framework.storage.storage import Storage
+
+
+def local_directory(local: str, storage: Storage) -> Directory:
+    """Where a node keeps its copies of a store's files."""
+    return Directory(str(Path(local) / xxhash.xxh3_64_hexdigest(storage.url)))
+
+
+class LocalCopies(Directory):
+    """The copies of one rank."""
+
+    def __init__(self, local: str, storage: Storage, rank: int) -> None:
+        super().__init__(local_directory(local, storage).url)
+        self._storage, self._rank = storage, rank
+
+    def flush(self, folder: str, files: dict[str, StoredFile]) -> None:
+        """Copy this rank's files to the store. Raises OSError, also where one isn't what was written."""
+        for name, stored in files.items():
+            copy_file(self, self._storage, f"{folder}/{name}", stored)
+
+    def keep_only(self, folder: str) -> None:
+        """Delete this rank's files of other checkpoints."""
+        mine = [name for name in self.list() if name.endswith(f"-{self._rank:05}.distcp")]
+        self.delete(name for name in mine if entry_of(name) is not None and not name.startswith(f"{folder}/"))

@@ -1,0 +1,175 @@
+"""Reading many ranges of a file, each into its own place, with as few reads as that takes and nothing much besides.
+
+Blocks of which nearly all is needed are read whole, in windows of several, and checked against the manifest; of other
+blocks only what is needed is read.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from framework.checkpoint.manifest import DamagedCheckpoint, StoredFile, block_checksum
+from framework.storage.storage import Storage
+
+# A block is read whole when at least this part of it is needed.
+NEARLY_ALL = 1 / 1.05
+WINDOW = 16  # blocks read at once
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes from `start` of a file, and the memory that they fill."""
+
+    start: int
+    out: memoryview
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.out)
+
+
+@dataclass
+class ReadStats:
+    """Bytes: needed: that were asked for. read: from the store, for that. checked: read again, only to be checked."""
+
+    needed: int = 0
+    read: int = 0
+    checked: int = 0
+
+    @property
+    def amplification(self) -> float:
+        """Bytes read for each one that was needed."""
+        return self.read / self.needed if self.needed else 1.0
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file of a checkpoint: where it lies, what its manifest says, and which of its blocks were checked."""
+
+    storage: Storage
+    name: str
+    stored: StoredFile
+    block: int
+    checked: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "checked", np.zeros(len(self.stored.checksums), dtype=bool))
+
+    def read_blocks(self, first: int, last: int) -> memoryview:
+        """The blocks first to last - 1. Raises DamagedCheckpoint when one of them isn't what was written."""
+        start, stop = first * self.block, min(last * self.block, self.stored.size)
+        buffer = memoryview(bytearray(stop - start))
+        self.storage.read_into(self.name, start, buffer)
+        for index in range(first, last):
+            part = buffer[index * self.block - start : (index + 1) * self.block - start]
+            if block_checksum(part) != self.stored.checksums[index]:
+                raise DamagedCheckpoint(
+                    f"{self.storage.url}/{self.name} is damaged between the bytes {index * self.block} and "
+                    f"{index * self.block + len(part)}: they don't have the checksum that its manifest says"
+                )
+            self.checked[index] = True
+        return buffer
+
+    def check(self, blocks: Iterable[int], stats: ReadStats) -> None:
+        """Read blocks only to check them. Raises DamagedCheckpoint."""
+        for index in blocks:
+            stats.checked += len(self.read_blocks(index, index + 1))
+
+
+def read_pieces(file: OpenFile, pieces: list[Piece], stats: ReadStats) -> None:
+    """Fill the pieces. Raises DamagedCheckpoint, and OSError."""
+    pieces = sorted((piece for piece in pieces if len(piece.out)), key=lambda piece: piece.start)
+    stats.needed += sum(len(piece.out) for piece in pieces)
+    whole = blocks_to_read(file, pieces)
+    for first, last in windows(whole):
+        buffer, start = file.read_blocks(first, last), first * file.block
+        stats.read += len(buffer)
+        for piece in clip(pieces, start, start + len(buffer)):
+            piece.out[:] = buffer[piece.start - start : piece.stop - start]
+    for start, stop in gaps(whole, file.block):
+        for group in neighbours(clip(pieces, start, stop), file.storage.gap):
+            stats.read += read_group(file, group)
+
+
+def blocks_to_read(file: OpenFile, pieces: list[Piece]) -> np.ndarray:
+    """Of every block, whether it is read whole."""
+    needed = np.zeros(len(file.checked) + 1, dtype=np.int64)  # as steps between neighbours, then summed
+    partial = np.zeros(len(file.checked), dtype=np.int64)
+    for piece in pieces:
+        first, last = piece.start // file.block, (piece.stop - 1) // file.block
+        if first == last:
+            partial[first] += len(piece.out)
+            continue
+        partial[first] += (first + 1) * file.block - piece.start
+        partial[last] += piece.stop - last * file.block
+        needed[first + 1] += file.block
+        needed[last] -= file.block
+    sizes = np.full(len(file.checked), file.block)
+    sizes[-1:] = file.stored.size - file.block * (len(file.checked) - 1)
+    return partial + np.cumsum(needed)[:-1] >= sizes * NEARLY_ALL
+
+
+def windows(whole: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Runs of blocks to read whole, at most WINDOW each: [first, last)."""
+    index = 0
+    while index < len(whole):
+        last = index
+        while last < len(whole) and whole[last] and last - index < WINDOW:
+            last += 1
+        if last > index:
+            yield index, last
+        index = max(last, index + 1)
+
+
+def gaps(whole: np.ndarray, block: int) -> Iterator[tuple[int, int]]:
+    """Byte ranges of runs of the other blocks."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], whole, [True]]).astype(np.int8)))
+    for first, last in edges.reshape(-1, 2):
+        yield int(first) * block, int(last) * block
+
+
+def clip(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+    """The parts of the pieces that lie within a byte range. Pieces are in order and don't overlap."""
+    low = bisect(pieces, start)
+    found = []
+    for piece in pieces[low:]:
+        if piece.start >= stop:
+            break
+        begin, end = max(piece.start, start), min(piece.stop, stop)
+        found.append(Piece(begin, piece.out[begin - piece.start : end - piece.start]))
+    return found
+
+
+def bisect(pieces: list[Piece], start: int) -> int:
+    """Index of the first piece that ends beyond `start`."""
+    low, high = 0, len(pieces)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if pieces[middle].stop > start else (middle + 1, high)
+    return low
+
+
+def neighbours(pieces: list[Piece], gap: int) -> Iterator[list[Piece]]:
+    """Pieces in groups that are read at once, as no more than `gap` bytes lie between them."""
+    group: list[Piece] = []
+    for piece in pieces:
+        if group and piece.start - group[-1].stop > gap:
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group
+
+
+def read_group(file: OpenFile, group: list[Piece]) -> int:
+    """Fill neighbouring pieces with one read. Returns the bytes read."""
+    if len(group) == 1:
+        file.storage.read_into(file.name, group[0].start, group[0].out)
+        return len(group[0].out)
+    start = group[0].start
+    buffer = memoryview(bytearray(group[-1].stop - start))
+    file.storage.read_into(file.name, start, buffer)
+    for piece in group:
+        piece.out[:] = buffer[piece.start - start : piece.stop - start]
+    return len(buffer)

@@ -1,0 +1,51 @@
+"""What a save copies before training goes on: this rank's trained fragments, into host memory that is taken once.
+
+The memory is taken, and touched, when the run starts: a first save isn't dearer than the others, and a node without the
+room for it says so at once. On a GPU it is pinned.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from framework.checkpoint.write import Range
+from framework.parallel.fragments import Fragment, ParameterShard
+
+
+class Staging:
+    """buffers: state -> its fragments one behind the other, in the order of `ranges`."""
+
+    def __init__(self, fragments: Sequence[Fragment], shards: Sequence[ParameterShard]) -> None:
+        """fragments: those that this rank writes. shards: of the whole model, in its order, the same on every rank."""
+        place = {shard.name: number for number, shard in enumerate(shards)}
+        by_state: defaultdict[str, list[Fragment]] = defaultdict(list)
+        for fragment in sorted(fragments, key=lambda f: (place[f.shard.name], f.start)):
+            by_state[fragment.state].append(fragment)
+        self.ranges: dict[str, list[Range]] = {}
+        self.buffers: dict[str, Tensor] = {}
+        self._sources: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        for state, held in by_state.items():
+            self.ranges[state] = [Range(f.shard, f.start, f.flat.numel()) for f in held]
+            size, pinned = sum(f.flat.numel() for f in held), held[0].flat.is_cuda
+            buffer = torch.zeros(size, dtype=held[0].flat.dtype, pin_memory=pinned)
+            self.buffers[state] = buffer.fill_(0)
+            self._sources += [f.flat for f in held]
+            self._targets += list(buffer.split([f.flat.numel() for f in held]))
+        self.dtype = next(iter(self.buffers.values())).dtype if self.buffers else torch.float32
+        self._on_gpu = any(source.is_cuda for source in self._sources)
+
+    @property
+    def num_bytes(self) -> int:
+        """What one save copies."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Copy the live values. The buffers must not be in use by a save."""
+        for target, source in zip(self._targets, self._sources, strict=True):
+            target.copy_(source, non_blocking=True)
+        if self._on_gpu:
+            torch.cuda.current_stream().synchronize()
