@@ -39,6 +39,8 @@ class FileWriter:
         with suppress(OSError):
             os.close(self._file)
         self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            self._path.parent.rmdir()
 
 
 class Directory:
