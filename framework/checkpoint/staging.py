@@ -4,8 +4,7 @@ The memory is taken, and touched, when the run starts: a first save isn't dearer
 room for it says so at once. On a GPU it is pinned.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +16,14 @@ from framework.parallel.fragments import Fragment, ParameterShard
 class Staging:
     """buffers: state -> its fragments one behind the other, in the order of `ranges`."""
 
-    def __init__(self, fragments: Sequence[Fragment], shards: Sequence[ParameterShard]) -> None:
-        """fragments: those that this rank writes. shards: of the whole model, in its order, the same on every rank."""
+    def __init__(
+        self, fragments: Sequence[Fragment], shards: Sequence[ParameterShard], states: Mapping[str, torch.dtype]
+    ) -> None:
+        """fragments: those that this rank writes. shards: of the whole model, in its order. states: that any rank
+        writes; shards and states are the same on every rank.
+        """
         place = {shard.name: number for number, shard in enumerate(shards)}
-        by_state: defaultdict[str, list[Fragment]] = defaultdict(list)
+        by_state: dict[str, list[Fragment]] = {state: [] for state in states}
         for fragment in sorted(fragments, key=lambda f: (place[f.shard.name], f.start)):
             by_state[fragment.state].append(fragment)
         self.ranges: dict[str, list[Range]] = {}
@@ -29,12 +32,11 @@ class Staging:
         self._targets: list[Tensor] = []
         for state, held in by_state.items():
             self.ranges[state] = [Range(f.shard, f.start, f.flat.numel()) for f in held]
-            size, pinned = sum(f.flat.numel() for f in held), held[0].flat.is_cuda
-            buffer = torch.zeros(size, dtype=held[0].flat.dtype, pin_memory=pinned)
+            size, pinned = sum(f.flat.numel() for f in held), any(f.flat.is_cuda for f in held)
+            buffer = torch.zeros(size, dtype=states[state], pin_memory=pinned)
             self.buffers[state] = buffer.fill_(0)
             self._sources += [f.flat for f in held]
             self._targets += list(buffer.split([f.flat.numel() for f in held]))
-        self.dtype = next(iter(self.buffers.values())).dtype if self.buffers else torch.float32
         self._on_gpu = any(source.is_cuda for source in self._sources)
 
     @property

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+import torch
+
 from framework.checkpoint.config import CheckpointConfig
 from framework.checkpoint.exchange import Exchange
 from framework.checkpoint.fence import Fence, TakenOver
@@ -183,7 +185,7 @@ def build_exchange(
     staging: Staging, shards: Sequence[ParameterShard], config: CheckpointConfig, mesh: Mesh
 ) -> Exchange | None:
     """The exchange where the layout is to be even, None where every rank writes what it holds. A collective."""
-    mine = sum(len(lay_out("", "", ranges, staging.dtype).boxes) for ranges in staging.ranges.values())
+    mine = sum(len(lay_out("", "", ranges, torch.float32).boxes) for ranges in staging.ranges.values())
     total = sum(gather_objects(mine, mesh.control))
     wanted = config.layout == "even" or (config.layout == "auto" and total > MANY_BOXES)
     if not wanted or mesh.zero.size == 1:

@@ -15,6 +15,15 @@ from framework.tokenizer.config import tokenizer_version
 RANKS_A_CORE = 8
 
 
+def check_store(recipe: Recipe) -> None:
+    """Whether checkpoints can be written where the recipe says, and gone on from. Raises ValueError. Reads a listing
+    and one manifest.
+    """
+    storage = store_of(recipe)
+    storage.check()
+    newest(storage, fall_back=recipe.resume.fall_back)
+
+
 def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> MeshShape:
     """The resolved mesh of a start that can work. Raises ValueError with what can't, the values and the fix.
 
@@ -26,7 +35,6 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     recipe.zero.partition_size(shape.dp * shape.cp)
     check_table(recipe)
     check_kernel(recipe, num_gpus=num_gpus)
-    newest(store_of(recipe), fall_back=recipe.resume.fall_back)
     version = tokenizer_version(recipe.tokenizer)
     streams = open_streams(recipe.data.streams, tokenizer_version=version)
     bucket_views(streams, recipe.data.buckets)
