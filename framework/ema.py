@@ -26,7 +26,7 @@ class Ema:
     """The average of the `model` fragments among those given."""
 
     def __init__(self, fragments: list[Fragment], config: EmaConfig) -> None:
-        self._live = [f for f in fragments if f.state == "model"]
+        self._live = [f for f in fragments if f.state == "model" and f.shard.trainable and config.decay]
         self._averages = [f.flat.clone() for f in self._live]
         self._decay = config.decay
 

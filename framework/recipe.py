@@ -76,7 +76,9 @@ def decays(name: str, num_dims: int) -> bool:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """Exponential moving average of the fp32 master weights with the decay min(decay, (1 + n) / (10 + n)) at step n."""
+    """Exponential moving average of the fp32 master weights with the decay min(decay, (1 + n) / (10 + n)) at step n.
+    decay=0: none is kept, as it would be the weights themselves.
+    """
 
     decay: float = 0.9999
 

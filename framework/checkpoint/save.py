@@ -103,7 +103,8 @@ class Saver:
                 before = f" ({waited:.3f} s of it for the save before)" if waited > 0.001 else ""
                 seconds = time.perf_counter() - begin
                 self._events.put(
-                    f"saved {entry.folder}: training waited {stalled:.3f} s{before}, written in {seconds:.2f} s"
+                    f"saved {entry.folder}, {self._writer.num_bytes / 1e9:.3g} GB: training waited {stalled:.3f} s"
+                    f"{before}, written in {seconds:.2f} s"
                 )
                 return
             if failure.final or number == self._config.retries:

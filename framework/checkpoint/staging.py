@@ -39,11 +39,6 @@ class Staging:
             self._targets += list(buffer.split([f.flat.numel() for f in held]))
         self._on_gpu = any(source.is_cuda for source in self._sources)
 
-    @property
-    def num_bytes(self) -> int:
-        """What one save copies."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
-
     @torch.no_grad()
     def copy(self) -> None:
         """Copy the live values. The buffers must not be in use by a save."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from framework import log
 from framework.checkpoint.config import CheckpointConfig
 from framework.checkpoint.exchange import Exchange
 from framework.checkpoint.fence import Fence, TakenOver
@@ -99,6 +100,7 @@ class CheckpointWriter:
         )
         self._frozen_files = {} if subject.known is None else subject.known.files
         self._metadata: bytes | None = None
+        self.num_bytes = 0  # of the newest checkpoint, over all ranks
 
     def write(self, entry: Entry, progress: Progress) -> Failure | None:
         """Write and commit a checkpoint. What went wrong, if something did, is the same on every rank."""
@@ -112,6 +114,7 @@ class CheckpointWriter:
             if self._group.index == 0:
                 self._metadata = encode_metadata(self._plan(everywhere))
         files = merged(each.files for each in everywhere) | self._frozen_files
+        self.num_bytes = sum(file.size for file in files.values())
         failure = self._on_first(lambda: self._commit(entry, progress, files))
         if failure is None and self._local is not None:
             self._local.keep_only(entry.folder)
@@ -168,7 +171,10 @@ class CheckpointWriter:
         manifest = Manifest(progress, self._subject.origin, files, self._subject.model)
         self._fence.check()
         self._storage.put(f"{entry.folder}/{MANIFEST}", encode_manifest(manifest))
-        retain(self._storage, self._config, attempt=self._fence.attempt)
+        try:
+            retain(self._storage, self._config, attempt=self._fence.attempt)
+        except OSError as error:  # the checkpoint is there all the same
+            log.error(f"older checkpoints in {self._storage.url} should go but can't be deleted: {cause(error)}")
 
     def _on_first(self, action: Callable[[], None]) -> Failure | None:
         """Run on rank 0; its failure, if any, on every rank."""

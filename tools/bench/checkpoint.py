@@ -44,6 +44,7 @@ from framework.checkpoint.read import CheckpointReader
 from framework.checkpoint.save import Saver
 from framework.checkpoint.write import as_bytes
 from framework.checkpoint.writer import Subject
+from framework.environment import be_first_rank
 from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import lone_mesh
 from framework.storage.directory import Directory
@@ -241,6 +242,7 @@ def main() -> None:
         return
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    be_first_rank()  # for DeepSpeed
     folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=arguments.folder))
     try:
         dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{folder}/rendezvous")
