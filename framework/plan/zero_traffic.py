@@ -29,7 +29,7 @@ from typing import Final
 
 from framework.parallel.config import MeshShape
 from framework.parallel.zero.config import SIZES
-from framework.plan.parameters import ParameterShape, TensorParallel, block_shapes, parameter_shapes
+from framework.plan.parameters import ParameterShape, TensorParallel, block_shapes, elements_of, parameter_shapes
 from framework.plan.traffic import share
 from framework.recipe import Recipe, decays
 
@@ -91,11 +91,6 @@ def deepspeed_traffic(
         elif half:
             scalars += 2 * share(1, ranks) + 2 * share(1, shape.tp)  # whether a gradient overflowed
     return EngineTraffic(sent | {"scalars": scalars}, minimum)
-
-
-def elements_of(parameters: list[ParameterShape]) -> int:
-    """The elements of all of them."""
-    return sum(parameter.num_elements for parameter in parameters)
 
 
 def stage3_gathers(recipe: Recipe, parameter: ParameterShape, whole: int, num_micro: int) -> int:
