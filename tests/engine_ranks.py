@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from framework.environment import Environment
+from framework.models.layers import compute_dtype
 from framework.models.patchify import patchify
 from framework.parallel.collectives import gather_fragments
 from framework.parallel.config import MeshShape
@@ -43,14 +44,15 @@ class Updates:
 
 
 def open_engine(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple[Recipe, Mesh, nn.Module, Engine]:
-    """An engine with the initial weights, but for an output projection that isn't zero."""
+    """An engine with the initial weights, but for an output projection and adapters that aren't zero."""
     recipe = resolve_auto(load_recipe(recipe_path, overrides))
     mesh = build.open_mesh(recipe, env)
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
     build.initialise(engine.fragments(), recipe)
     for fragment in engine.fragments():
-        if fragment.key == "model.proj_out.weight":
+        name = fragment.shard.name
+        if fragment.state == "model" and (name == "proj_out.weight" or name.endswith("lora_B.weight")):
             fragment.copy_from(projection(fragment.shard.global_shape))
     engine.refresh(updates=0)
     return recipe, mesh, model, engine
@@ -77,7 +79,8 @@ def backwards(recipe: Recipe, mesh: Mesh, engine: Engine, num_steps: int) -> Ite
 
 def gathered(engine: Engine, mesh: Mesh, state: str) -> Arrays:
     chosen = [f for f in (engine.gradients() if state == "grad" else engine.fragments()) if f.state == state]
-    return {name: tensor.numpy() for name, tensor in gather_fragments(chosen, mesh.control).items()}
+    wide = {name: t.to(compute_dtype(t.dtype)) for name, t in gather_fragments(chosen, mesh.control).items()}
+    return {name: tensor.numpy() for name, tensor in wide.items()}
 
 
 def updates(env: Environment, recipe_path: Path, overrides: list[str], num_steps: int = 2) -> Updates:

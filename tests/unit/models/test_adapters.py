@@ -1,4 +1,4 @@
-"""Our adapters against PEFT's on diffusers' WanTransformer3DModel, by way of files that one wrote and the other reads."""
+"""Our adapters against PEFT's on diffusers' WanTransformer3DModel, by files that one writes and the other reads."""
 
 from dataclasses import replace
 from pathlib import Path
