@@ -188,10 +188,12 @@ def live_bytes() -> int:
 @dataclass(frozen=True)
 class Held:
     """Bytes that this rank holds. total: of every tensor, more than before the engine, when the gradient is there.
-    after: the same after the step. The others: by the storages of what the engine says it holds.
+    after: the same after the step. The others: by the storages of what the engine says it holds. num_parameters: those
+    that are trained.
     """
 
     num_parameters: int
+    num_frozen: int
     parameters: int
     masters: int
     moments: int
@@ -213,16 +215,18 @@ def held_bytes(env: Environment, recipe_path: Path, overrides: list[str]) -> Hel
     engine.step(lr=1e-3)
     next(steps)
     total = live_bytes() - before
-    fragments = {state: [f.flat for f in engine.fragments() if f.state == state] for state in ("model", "exp_avg")}
+    trained = [f for f in engine.fragments() if f.shard.trainable]
+    fragments = {state: [f.flat for f in trained if f.state == state] for state in ("model", "exp_avg")}
     held = [getattr(p, "ds_tensor", p) for p in model.parameters()]
     held = [p._local_tensor if isinstance(p, DTensor) else p for p in held]
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     engine.step(lr=1e-3)
     with_data = live_bytes()
     del steps
     after = live_bytes()
     return Held(
-        num_parameters,
+        sum(size for size, trains in sizes if trains),
+        sum(size for size, trains in sizes if not trains),
         storage_bytes(held),
         storage_bytes(fragments["model"]),
         2 * storage_bytes(fragments["exp_avg"]),

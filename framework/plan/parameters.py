@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Final, Literal
 
-from framework.models.config import LORA_A, LORA_B, NO_ADAPTERS, LoraConfig, ModelConfig, is_trained
+from framework.models.config import LORA_A, LORA_B, NO_ADAPTERS, LoraConfig, ModelConfig, is_adapter, is_trained
 from framework.shapes import even_parts
 
 Style = Literal["column", "row", "norm"]
@@ -169,14 +169,19 @@ def block_shapes(config: ModelConfig) -> list[ParameterShape]:
     return [*made, *linear("ffn.net.0.proj", width, hidden), *linear("ffn.net.2", hidden, width)]
 
 
+def split_style(parameter: str) -> Style | None:
+    """How tp splits the linear or norm that a parameter belongs to, if it does."""
+    module = parameter.rpartition(".")[0]
+    module = module.rpartition(".")[0] if is_adapter(parameter) else module
+    found = (style for suffix, style in SPLIT.items() if module.endswith(f".{suffix}"))
+    return next(found, None) if module.startswith("blocks.") else None
+
+
 def split_over(parameter: ParameterShape, tp: TensorParallel) -> ParameterShape:
-    """This tp rank's part of a parameter of a block."""
-    module, _, kind = parameter.name.rpartition(".")
-    linear, _, factor = module.rpartition(".")
-    module, kind = (linear, factor) if factor in (LORA_A, LORA_B) else (module, kind)
-    style = next((style for suffix, style in SPLIT.items() if module.endswith(f".{suffix}")), None)
-    within_block = parameter.name.startswith("blocks.")
-    if style is None or tp.size == 1 or not within_block or kind in WHOLE[style]:
+    """This tp rank's part of a parameter."""
+    style, path = split_style(parameter.name), parameter.name.split(".")
+    kind = path[-2] if is_adapter(parameter.name) else path[-1]
+    if style is None or tp.size == 1 or kind in WHOLE[style]:
         return parameter
     dim = 1 if style == "row" else 0
     sizes = list(parameter.shape)

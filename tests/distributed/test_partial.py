@@ -12,6 +12,7 @@ from plain import assert_same, plain_updates
 from pool import run_ranks
 from tiny import write_recipe
 
+from framework.launch.check import check_start
 from framework.recipe import load_recipe
 
 STEPS = [
@@ -95,3 +96,23 @@ def test_what_is_written_is_what_computes(recipe_path: Path, engine: str, persis
         np.testing.assert_allclose(before, alone[1], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(after, alone[2], rtol=1e-4, atol=1e-4)
         assert not np.array_equal(before, after)
+
+
+def test_an_adapter_has_its_linears_dtype(recipe_path: Path) -> None:
+    """In a block of bfloat16, linears that compute in float32 and their adapters with them."""
+    table = "precision.table=[{pattern: '*.to_out.*', compute: float32}, {pattern: 'proj_out.*', compute: float32}]"
+    words = [*LORA, *ENGINES["fsdp2 3"], "precision.parameters=bfloat16", table]
+    seen, update = run_ranks(engine_ranks.seen_dtypes, 2, recipe_path, words)[0]
+    for name, dtype in seen.items():
+        assert dtype == ("float32" if ".to_out." in name or name.startswith("proj_out") else "bfloat16"), name
+    expected = plain_updates(load_recipe(recipe_path, LORA), torch.float32, 1)
+    assert update.norms[0] == pytest.approx(expected.norms[0], rel=2e-2)
+    for name, values in expected.gradients[0].items():
+        assert np.abs(update.gradients[0][name] - values).max() < 0.1 * np.abs(values).max(), name
+
+
+def test_an_adapter_with_a_row_of_its_own_is_refused(recipe_path: Path) -> None:
+    table = "precision.table=[{pattern: '*.lora_?.*', compute: float32}]"
+    words = [*LORA, *ENGINES["fsdp2 3"], "precision.parameters=bfloat16", table]
+    with pytest.raises(ValueError, match=r"proj_out.weight .*, proj_out.lora_A.weight"):
+        check_start(load_recipe(recipe_path, words), num_ranks=2, num_gpus=0)
