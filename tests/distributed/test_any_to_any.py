@@ -8,7 +8,7 @@ import checkpoint_ranks
 import numpy as np
 import pytest
 import ranks
-from plain import newest_folder, plain_load
+from plain_dcp import newest_folder, plain_load
 from pool import RanksFailed, run_ranks
 from tiny import write_recipe
 
@@ -30,6 +30,12 @@ BF16_STAGE3 = (3, "mesh.dp=3 zero.stage=3 precision.parameters=bfloat16")
 OFFLOAD = (2, "mesh.dp=2 zero.stage=2 zero.offload=optimizer")
 ONE = (1, "mesh.dp=1 zero.stage=1")
 
+# With the head trained too: its initial zeros would keep every gradient from the adapters.
+LORA = "lora.rank=2 train.trainable=[proj_out.*]"
+LORA_TP2 = (2, f"mesh.dp=1 mesh.tp=2 zero.stage=2 {LORA}")
+LORA_FSDP2 = (3, f"mesh.dp=3 zero.engine=fsdp2 zero.stage=3 {LORA}")
+LORA_STAGE3 = (4, f"mesh.dp=2 mesh.tp=2 zero.stage=3 precision.parameters=bfloat16 {LORA}")
+
 PAIRS = [
     (TP2_DP2, (4, "mesh.dp=4 zero.stage=3")),
     (ULYSSES2_RING2, TP2_FSDP2),
@@ -46,11 +52,21 @@ PAIRS = [
     (BF16_STAGE3, OFFLOAD),
     (OFFLOAD, BF16_STAGE3),
     (ONE, DP4),
+    (LORA_TP2, LORA_FSDP2),
+    (LORA_FSDP2, LORA_TP2),
+    (LORA_STAGE3, LORA_FSDP2),
 ]
 
 
 def name(cell: Cell) -> str:
-    return cell[1].replace("mesh.", "").replace("zero.", "").replace("checkpoint.", "").replace("precision.", "")
+    return (
+        cell[1]
+        .replace("train.trainable=[proj_out.*]", "")
+        .replace("mesh.", "")
+        .replace("zero.", "")
+        .replace("checkpoint.", "")
+        .replace("precision.", "")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +88,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path):  # type:
 def test_any_to_any(saved, pair: tuple[Cell, Cell]) -> None:  # type: ignore[no-untyped-def]
     before, after = pair
     recipe = saved(before)
-    expected = {key: tensor.numpy() for key, tensor in plain_load(newest_folder(recipe.parent / "run")).items()}
+    stored = plain_load(newest_folder(recipe.parent / "run"))
+    expected = {key: tensor.float().numpy() for key, tensor in stored.items()}
     reset = ["zero.persistence=100000", "zero.offload=none", "zero.partition=all", "zero.engine=deepspeed"]
     words = [*reset, "precision.parameters=float32", "mesh.tp=1", "mesh.ring=1", "mesh.ulysses=1", *after[1].split()]
     loaded, *_ = run_ranks(checkpoint_ranks.load, after[0], recipe, words)
@@ -82,8 +99,34 @@ def test_any_to_any(saved, pair: tuple[Cell, Cell]) -> None:  # type: ignore[no-
     different = [key for key, value in expected.items() if not np.array_equal(value, loaded.held[key])]
     assert different == []
     assert max(stats.amplification for stats in loaded.stats) <= 1.05
-    # 4 states of 4 bytes, each read by whoever holds it: once, but for what tp ranks and replicas both hold.
-    assert sum(stats.needed for stats in loaded.stats) >= sum(value.nbytes for value in expected.values())
+    # Everything is read by whoever holds it: once, but for what tp ranks and replicas both hold.
+    assert sum(stats.needed for stats in loaded.stats) >= sum(tensor.nbytes for tensor in stored.values())
+
+
+def test_frozen_weights_are_stored_once(tmp_path: Path, tiny_shards: Path) -> None:
+    """Two saves, a resume on another mesh and two more: the same files, named by every manifest; they stay as long."""
+    words = ["train.steps=2", "checkpoint.every=1", "checkpoint.keep=2", *LORA_TP2[1].split()]
+    recipe = write_recipe(tmp_path, tiny_shards, words)
+    store = tmp_path / "run/checkpoints"
+    run_ranks(ranks.train, 2, recipe, [])
+    first = {path.name: path.stat().st_mtime_ns for path in (store / "frozen").iterdir()}
+    before = plain_load(newest_folder(tmp_path / "run"))
+    moved = ["train.steps=4", "mesh.tp=1", "mesh.dp=3", "zero.engine=fsdp2"]
+    run_ranks(ranks.train, 3, recipe, moved)
+    assert len(first) == 2 and {p.name: p.stat().st_mtime_ns for p in (store / "frozen").iterdir()} == first
+    after = plain_load(newest_folder(tmp_path / "run"))
+    frozen = {key for key in before if key.startswith("model.") and "lora" not in key and "proj_out" not in key}
+    assert len(frozen) > 50 and all(np.array_equal(before[key], after[key]) for key in frozen)
+    trained = [key for key in before if key not in frozen]
+    assert {key.split(".")[0] for key in trained} == {"model", "exp_avg", "exp_avg_sq", "ema"}
+    assert all("lora" in key or "proj_out" in key for key in trained)
+    same = [key for key in trained if np.array_equal(before[key], after[key])]
+    assert len(same) < len(trained) / 4, "all but what has no gradient yet"
+    folder = newest_folder(tmp_path / "run")
+    own = sum(path.stat().st_size for path in folder.glob("model-*.distcp"))
+    assert own < 0.6 * sum((store / "frozen" / name).stat().st_size for name in first)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {name for name in manifest["files"] if name.startswith("../")} == {f"../frozen/{name}" for name in first}
 
 
 def losses(run: Path) -> list[float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import checkpoint_ranks
 import pytest
 import ranks
-from plain import digests, folder_of
+from plain_dcp import digests, folder_of
 from pool import RanksFailed, run_ranks
 from tiny import write_recipe
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import ranks
-from plain import digests, folder_of
+from plain_dcp import digests, folder_of
 from pool import RanksFailed, run_ranks, run_until_killed
 from tiny import write_latents, write_recipe
 

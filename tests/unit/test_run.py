@@ -160,6 +160,8 @@ def test_free_keys_may_change(recipe_path: Path, stored: Recipe, word: str) -> N
         ("loss.weight=per_token", "loss.weight"),
         ("text.dropout=0.2", "text.dropout"),
         ("precision.parameters=bfloat16", "precision.parameters"),
+        ("train.trainable=['*norm*']", "train.trainable"),
+        ("lora.rank=4", "lora.rank"),
         ("tokenizer.dct.scale=2", "tokenizer.dct.scale"),
     ],
 )
@@ -183,6 +185,7 @@ def test_every_leaf_is_free_or_refused_on_purpose(stored: Recipe) -> None:
         "seed",
         "precision",
         "model",
+        "lora",
         "tokenizer",
         "text",
         "data",

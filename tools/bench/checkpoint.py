@@ -7,7 +7,8 @@ repeat, in an order that changes:
 
     stall     what training waits for: our save; one memcpy of the same bytes; dcp.async_save (its wait for the save
               before left out); DeepSpeed's save_checkpoint, which writes 12 bytes a parameter (it has no EMA)
-    persist   from the copy to the commit: ours; the same bytes written raw to new files and fsync'd; dcp.save
+    persist   from the copy to the commit, the deletion of older ones left out: ours; the same bytes written raw to new
+              files and fsync'd; dcp.async_save with its copy
     steps     a step of matrix products: alone, and while our save is being written; what the write itself takes of the
               CPU is measured too, as with no core to spare it comes out of the steps
     load      ours, into memory that is there, every block checked; a raw read of the same bytes; dcp.load
@@ -151,12 +152,14 @@ def measure(state: State, folder: Path, *, repeats: int, drop: bool, with_deepsp
     fence.begin(0)
     subject = Subject(Origin(), {}, state.shards)
     saver = Saver(
-        storage, CheckpointConfig(keep=1), lone_mesh(), fence=fence, subject=subject, fragments=state.fragments
+        storage, CheckpointConfig(keep=1000), lone_mesh(), fence=fence, subject=subject, fragments=state.fragments
     )
     engine = deepspeed_engine(state) if with_deepspeed else None
-    a, square = torch.randn(512, 512), Progress()
+    a = torch.randn(512, 512)
 
     def ours(number: int) -> None:
+        for old in (folder / "ours").glob("step-*"):
+            shutil.rmtree(old)
         times.time("stall: ours", lambda: saver.save(Progress(step=number)))
         times.time("persist: ours", saver.wait)
 
@@ -179,6 +182,8 @@ def measure(state: State, folder: Path, *, repeats: int, drop: bool, with_deepsp
         times.time("stall: deepspeed.save_checkpoint", lambda: engine.save_checkpoint(folder / "deepspeed"))
 
     def slow(number: int) -> None:
+        for old in (folder / "ours").glob("step-*"):
+            shutil.rmtree(old)
         alone, _ = steps(a, 2.0)
         saver.save(Progress(step=number))
         beside, cpu, begin = 0, 0.0, time.perf_counter()
@@ -208,7 +213,6 @@ def measure(state: State, folder: Path, *, repeats: int, drop: bool, with_deepsp
                 os.sync()
                 Path("/proc/sys/vm/drop_caches").write_text("1")
             times.time(name, loads[name])
-    assert square == Progress()
     return times, shares
 
 

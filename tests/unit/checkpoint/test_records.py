@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plain import plain_load
+from plain_dcp import plain_load
 from stores import TinyState, save_steps
 from torch.distributed.checkpoint.metadata import Metadata
 
