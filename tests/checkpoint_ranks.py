@@ -1,9 +1,11 @@
 """What the ranks of the checkpoints' tests do."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import ranks
 import torch
 
 from framework.checkpoint.find import store_of
@@ -14,6 +16,7 @@ from framework.environment import Environment
 from framework.parallel.collectives import gather_fragments, gather_objects
 from framework.programs import build
 from framework.recipe import load_recipe, resolve_auto
+from framework.run import Verdict
 
 Arrays = dict[str, np.ndarray]
 
@@ -48,3 +51,9 @@ def load(env: Environment, recipe_path: Path, overrides: list[str]) -> Loaded | 
     stats = gather_objects(resumed.stats, mesh.control)
     engine.destroy()
     return Loaded(held, stats, resumed.found.entry.step) if env.is_first else None
+
+
+def train_with(env: Environment, environment: dict[str, str], recipe: Path, overrides: list[str]) -> Verdict:
+    """`cuboid train` on this rank, with more in its environment."""
+    os.environ.update(environment)
+    return ranks.train(env, recipe, overrides)
