@@ -61,13 +61,13 @@ class Written:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is saved. model: its configuration. shards: of the whole model, in its order. frozen: those of this rank's
-    fragments that aren't trained. known: what the checkpoint that the run resumed from says of frozen weights; None
-    where there is none, and the first save writes them.
+    """What is saved. configs: of the model and its adapters. shards: of the whole model, in its order. frozen: those of
+    this rank's fragments that aren't trained. known: what the checkpoint that the run resumed from says of frozen
+    weights; None where there is none, and the first save writes them.
     """
 
     origin: Origin
-    model: dict[str, Any]
+    configs: dict[str, Any]
     shards: Sequence[ParameterShard]
     frozen: Sequence[Fragment] = ()
     known: Frozen | None = None
@@ -168,7 +168,7 @@ class CheckpointWriter:
         self._fence.check()
         assert self._metadata is not None
         files = files | {METADATA: put_checksummed(self._storage, f"{entry.folder}/{METADATA}", self._metadata)}
-        manifest = Manifest(progress, self._subject.origin, files, self._subject.model)
+        manifest = Manifest(progress, self._subject.origin, files, self._subject.configs)
         self._fence.check()
         self._storage.put(f"{entry.folder}/{MANIFEST}", encode_manifest(manifest))
         try:
