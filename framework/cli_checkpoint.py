@@ -117,6 +117,7 @@ def keep(place: Place, step: Annotated[int, typer.Argument()], name: Annotated[s
 @app.command()
 def export(
     place: Place,
+    *,
     out: Annotated[Path, typer.Option(help="Directory to make; with --format torch a file.")],
     format_: Annotated[str, typer.Option("--format", help="diffusers, torch or lora.")] = "diffusers",
     weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",

@@ -193,7 +193,7 @@ def build_exchange(
     """The exchange where the layout is to be even, None where every rank writes what it holds. A collective."""
     mine = sum(len(lay_out("", "", ranges, torch.float32).boxes) for ranges in staging.ranges.values())
     total = sum(gather_objects(mine, mesh.control))
-    wanted = config.layout == "even" or (config.layout == "auto" and total > MANY_BOXES)
+    wanted = config.layout == "even" or (config.layout == "adaptive" and total > MANY_BOXES)
     if not wanted or mesh.zero.size == 1:
         return None
     group: Group = saving_group(mesh, "zero")
