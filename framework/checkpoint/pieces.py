@@ -4,12 +4,13 @@ Blocks of which nearly all is needed are read whole, in windows of several, and 
 blocks only what is needed is read.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import xxhash
 
-from framework.checkpoint.manifest import DamagedCheckpoint, StoredFile, block_checksum
+from framework.checkpoint.manifest import DamagedCheckpoint, StoredFile
 from framework.storage.storage import Storage
 
 # A block is read whole when at least this part of it is needed.
@@ -56,25 +57,41 @@ class OpenFile:
     def __post_init__(self) -> None:
         object.__setattr__(self, "checked", np.zeros(len(self.stored.checksums), dtype=bool))
 
-    def read_blocks(self, first: int, last: int) -> memoryview:
-        """The blocks first to last - 1. Raises DamagedCheckpoint when one of them isn't what was written."""
+    def read_blocks(self, first: int, last: int, pieces: Sequence[Piece] = ()) -> int:
+        """Read the blocks first to last - 1 and fill the pieces inside them; returns the bytes read. Raises
+        DamagedCheckpoint when a block isn't what was written.
+        """
         start, stop = first * self.block, min(last * self.block, self.stored.size)
-        buffer = memoryview(bytearray(stop - start))
-        self.storage.read_into(self.name, start, buffer)
-        for index in range(first, last):
-            part = buffer[index * self.block - start : (index + 1) * self.block - start]
-            if block_checksum(part) != self.stored.checksums[index]:
-                raise DamagedCheckpoint(
-                    f"{self.storage.url}/{self.name} is damaged between the bytes {index * self.block} and "
-                    f"{index * self.block + len(part)}: they don't have the checksum that its manifest says"
-                )
-            self.checked[index] = True
-        return buffer
+        parts = fill_gaps(start, stop, pieces)
+        self.storage.read_into(self.name, start, parts)
+        digest, index, left = xxhash.xxh3_64(), first, self.block
+        for part in parts:
+            rest = part
+            while rest:
+                digest.update(rest[:left])
+                taken = min(left, len(rest))
+                rest, left = rest[taken:], left - taken
+                if not left:
+                    self._judge(index, digest.hexdigest())
+                    digest.reset()
+                    index, left = index + 1, self.block
+        if index < last:
+            self._judge(index, digest.hexdigest())
+        return stop - start
+
+    def _judge(self, index: int, checksum: str) -> None:
+        if checksum != self.stored.checksums[index]:
+            start, stop = index * self.block, min((index + 1) * self.block, self.stored.size)
+            raise DamagedCheckpoint(
+                f"{self.storage.url}/{self.name} is damaged between the bytes {start} and {stop}: they don't have the "
+                "checksum that its manifest says"
+            )
+        self.checked[index] = True
 
     def check(self, blocks: Iterable[int], stats: ReadStats) -> None:
         """Read blocks only to check them. Raises DamagedCheckpoint."""
         for index in blocks:
-            stats.checked += len(self.read_blocks(index, index + 1))
+            stats.checked += self.read_blocks(index, index + 1)
 
 
 def read_pieces(file: OpenFile, pieces: list[Piece], stats: ReadStats) -> None:
@@ -83,10 +100,8 @@ def read_pieces(file: OpenFile, pieces: list[Piece], stats: ReadStats) -> None:
     stats.needed += sum(len(piece.out) for piece in pieces)
     whole = blocks_to_read(file, pieces)
     for first, last in windows(whole):
-        buffer, start = file.read_blocks(first, last), first * file.block
-        stats.read += len(buffer)
-        for piece in clip(pieces, start, start + len(buffer)):
-            piece.out[:] = buffer[piece.start - start : piece.stop - start]
+        inside = clip(pieces, first * file.block, last * file.block)
+        stats.read += file.read_blocks(first, last, inside)
     for start, stop in gaps(whole, file.block):
         for group in neighbours(clip(pieces, start, stop), file.storage.gap):
             stats.read += read_group(file, group)
@@ -164,12 +179,18 @@ def neighbours(pieces: list[Piece], gap: int) -> Iterator[list[Piece]]:
 
 def read_group(file: OpenFile, group: list[Piece]) -> int:
     """Fill neighbouring pieces with one read. Returns the bytes read."""
-    if len(group) == 1:
-        file.storage.read_into(file.name, group[0].start, group[0].out)
-        return len(group[0].out)
-    start = group[0].start
-    buffer = memoryview(bytearray(group[-1].stop - start))
-    file.storage.read_into(file.name, start, buffer)
-    for piece in group:
-        piece.out[:] = buffer[piece.start - start : piece.stop - start]
-    return len(buffer)
+    start, stop = group[0].start, group[-1].stop
+    file.storage.read_into(file.name, start, fill_gaps(start, stop, group))
+    return stop - start
+
+
+def fill_gaps(start: int, stop: int, pieces: Sequence[Piece]) -> list[memoryview]:
+    """Memory for the bytes [start, stop): the pieces', and some more for what lies before, between and behind them."""
+    spare = memoryview(bytearray(stop - start - sum(len(piece.out) for piece in pieces)))
+    parts: list[memoryview] = []
+    position = start
+    for piece in pieces:
+        gap = piece.start - position
+        parts += [spare[:gap], piece.out]
+        spare, position = spare[gap:], piece.stop
+    return [part for part in (*parts, spare) if len(part)]

@@ -156,7 +156,9 @@ class CheckpointReader:
         file = self._files.get(METADATA)
         if file is None:
             raise DamagedCheckpoint(f"{self.storage.url}/{self.found.entry.folder}: the manifest names no {METADATA}")
-        return bytes(file.read_blocks(0, len(file.checked)))
+        data = bytearray(file.stored.size)
+        file.read_blocks(0, len(file.checked), [Piece(0, memoryview(data))])
+        return bytes(data)
 
     def _target(self, fragment: Fragment) -> Tensor:
         """The memory that a fragment is read into: its own, where bytes can go there as they are stored."""

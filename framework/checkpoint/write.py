@@ -143,7 +143,7 @@ def copy_file(source: Storage, target: Storage, name: str, stored: StoredFile) -
         writer = BlockWriter(inner)
         for start in range(0, stored.size, len(buffer)):
             part = buffer[: min(len(buffer), stored.size - start)]
-            source.read_into(name, start, part)
+            source.read_into(name, start, [part])
             writer.write(bytes(part))
         if writer.close() != stored:
             raise OSError(f"{source.url}/{name} isn't what was written there")

@@ -5,12 +5,13 @@ What is written is flushed to the disk before it counts, with the directory entr
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-# One write call takes at most 2 GiB on Linux.
+# One write call takes at most 2 GiB on Linux, one read call at most 1,024 parts.
 LARGEST_WRITE = 1 << 30
+MOST_PARTS = 1024
 PARTIAL = ".partial"
 
 
@@ -75,15 +76,19 @@ class Directory:
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()
 
-    def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        path, rest = self._root / name, out.cast("B")
+    def read_into(self, name: str, offset: int, parts: Sequence[memoryview]) -> None:
+        path, left = self._root / name, [part for part in parts if len(part)]
         file = os.open(path, os.O_RDONLY)
         try:
-            while rest:
-                count = os.preadv(file, [rest[:LARGEST_WRITE]], offset)
+            while left:
+                count = os.preadv(file, left[:MOST_PARTS], offset)
                 if not count:
-                    raise OSError(f"{path} is shorter than {offset + len(rest)} bytes")
-                rest, offset = rest[count:], offset + count
+                    raise OSError(f"{path} ends at byte {offset}, more was asked for")
+                offset += count
+                while left and count >= len(left[0]):
+                    count -= len(left.pop(0))
+                if count:
+                    left[0] = left[0][count:]
         finally:
             os.close(file)
 

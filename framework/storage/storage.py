@@ -3,7 +3,7 @@
 Names are relative, with slashes, as in a bucket: "step-00000100-0000/manifest.json". Nothing here knows what is stored.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from framework.storage.directory import Directory
@@ -53,8 +53,8 @@ class Storage(Protocol):
         """All of an object. Raises FileNotFoundError."""
         ...
 
-    def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        """Fill `out` with the object's bytes from `offset`. Raises OSError when it is shorter."""
+    def read_into(self, name: str, offset: int, parts: Sequence[memoryview]) -> None:
+        """Fill `parts`, in order, with the object's bytes from `offset`. Raises OSError when it is shorter."""
         ...
 
     def list(self, prefix: str = "") -> dict[str, int]:
