@@ -63,9 +63,7 @@ def run(soak: kills.Soak, cycles: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--store", default="", help="an empty directory, or s3 for a server of its own; default: a temporary one"
-    )
+    parser.add_argument("--store", default="", help="an empty directory, or s3; else a temporary one")
     parser.add_argument("--cycles", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=3, help="of a cycle, give or take one")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))

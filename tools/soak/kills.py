@@ -182,8 +182,8 @@ class Soak:
         self.tally.recoveries += [] if seconds is None else [seconds]
         commits = len(running.saved())
         return (
-            f"{plan.num_ranks} ranks, stage {plan.stage}, {plan.checkpoint.layout}, every {plan.checkpoint.every}, keep "
-            f"{plan.checkpoint.keep}: {words}; killed {who}, {moment}; {commits} saves, newest {found.newest}"
+            f"{plan.num_ranks} ranks, stage {plan.stage}, {plan.checkpoint.layout}, every {plan.checkpoint.every}, "
+            f"keep {plan.checkpoint.keep}: {words}; killed {who}, {moment}; {commits} saves, newest {found.newest}"
         )
 
     def finish(self, steps: int = 7) -> str:

@@ -1,5 +1,5 @@
-"""What a store must hold, found out without the code under test: the state after any step in numpy, and which checkpoint
-a resume has to find, read from the files by the rules in the docstrings of framework/checkpoint.
+"""What a store must hold, found out without the code under test: the state after any step in numpy, and which
+checkpoint a resume has to find, read from the files by the rules in the docstrings of framework/checkpoint.
 """
 
 import json
