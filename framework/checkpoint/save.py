@@ -96,6 +96,8 @@ class Saver:
                 self._events.put(
                     f"saved {entry.folder}: training waited {stalled:.3f} s{before}, written in {seconds:.2f} s"
                 )
+                while self._writer.notes:
+                    self._events.put(self._writer.notes.pop(0))
                 return
             if failure.final or number == self._config.retries:
                 self._failure = Failure(f"{failure.message}; earlier checkpoints are untouched")

@@ -71,7 +71,10 @@ class Subject:
 
 
 class CheckpointWriter:
-    """Writes what is staged. Making one, and `write`, are collectives over the world."""
+    """Writes what is staged. Making one, and `write`, are collectives over the world.
+
+    notes: what else a person should know, on rank 0; whoever tells it empties them.
+    """
 
     def __init__(
         self,
@@ -97,6 +100,7 @@ class CheckpointWriter:
         )
         self._frozen_files = {} if subject.known is None else subject.known.files
         self._metadata: bytes | None = None
+        self.notes: list[str] = []
 
     def write(self, entry: Entry, progress: Progress) -> Failure | None:
         """Write and commit a checkpoint. What went wrong, if something did, is the same on every rank."""
@@ -166,7 +170,14 @@ class CheckpointWriter:
         manifest = Manifest(progress, self._subject.origin, files, self._subject.model)
         self._fence.check()
         self._storage.put(f"{entry.folder}/{MANIFEST}", encode_manifest(manifest))
-        retain(self._storage, self._config, attempt=self._fence.attempt)
+        try:
+            # A newer attempt that claims from now on finds this checkpoint, and needs no older one.
+            self._fence.check()
+            retain(self._storage, self._config, attempt=self._fence.attempt)
+        except TakenOver:
+            raise
+        except OSError as error:
+            self.notes.append(f"{entry.folder} is saved, but what needn't stay couldn't be deleted: {cause(error)}")
 
     def _on_first(self, action: Callable[[], None]) -> Failure | None:
         """Run on rank 0; its failure, if any, on every rank."""
