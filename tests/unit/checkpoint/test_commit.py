@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from framework.checkpoint.commit import (
     MANIFEST,
     Progress,
@@ -15,6 +14,7 @@ from framework.checkpoint.commit import (
     read_manifest,
     valid_checkpoints,
 )
+
 from framework.parallel.config import MeshShape
 
 MESH = MeshShape(dp=2, ring=1, ulysses=1, tp=1)
