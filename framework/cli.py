@@ -15,7 +15,7 @@ import typer
 from framework import log
 from framework.checkpoint.find import finished_steps, open_checkpoint, store_of
 from framework.environment import Environment, read_environment, visible_gpus
-from framework.launch.check import check_machine, check_start
+from framework.launch.check import check_machine, check_start, check_store
 from framework.launch.local import run_local, write_failure
 from framework.recipe import Recipe, load_recipe
 from framework.run import Resolved, RunFailure, recipe_of_run, resolve_invocation
@@ -178,6 +178,7 @@ def launch(recipe: Recipe, arguments: list[str]) -> None:
     """Check what can be checked here, then start the local ranks."""
     num_gpus = visible_gpus()
     shape = check_start(recipe, num_ranks=None, num_gpus=num_gpus)
+    check_store(recipe)
     check_machine(shape, num_gpus=num_gpus)
     raise typer.Exit(run_local(arguments, world_size=shape.world_size))
 

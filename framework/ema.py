@@ -1,4 +1,4 @@
-"""An exponential moving average of the fp32 master weights, partitioned exactly as they are.
+"""An exponential moving average of the fp32 master weights that are trained, partitioned exactly as they are.
 
     e <- e + (1 - d_n)(w - e),    d_n = min(decay, (1 + n) / (10 + n))
 
@@ -23,10 +23,10 @@ class Refreshable(Protocol):
 
 
 class Ema:
-    """The average of the `model` fragments among those given."""
+    """The average of the trained `model` fragments among those given."""
 
     def __init__(self, fragments: list[Fragment], config: EmaConfig) -> None:
-        self._live = [f for f in fragments if f.state == "model"]
+        self._live = [f for f in fragments if f.state == "model" and f.shard.trainable and config.decay]
         self._averages = [f.flat.clone() for f in self._live]
         self._decay = config.decay
 

@@ -29,9 +29,10 @@ from framework.kernels.config import (
     resolve_attention,
 )
 from framework.layers import Tree, apply_overrides, read_layers
-from framework.models.config import ExecutionConfig, ModelConfig
+from framework.models.config import ExecutionConfig, LoraConfig, ModelConfig
 from framework.parallel.config import MeshConfig
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig, check_engine
+from framework.plan.parameters import check_patterns
 from framework.shapes import TokenShape, latent_shape, token_shape
 from framework.text.config import TextConfig, text_width
 from framework.tokenizer.config import TokenizerConfig, tokenizer_channels, tokenizer_strides
@@ -76,7 +77,9 @@ def decays(name: str, num_dims: int) -> bool:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """Exponential moving average of the fp32 master weights with the decay min(decay, (1 + n) / (10 + n)) at step n."""
+    """Exponential moving average of the fp32 master weights with the decay min(decay, (1 + n) / (10 + n)) at step n.
+    decay=0: none is kept, as it would be the weights themselves.
+    """
 
     decay: float = 0.9999
 
@@ -87,12 +90,14 @@ class EmaConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """steps: optimizer steps. deterministic: only kernels with a fixed order of summation. collect_garbage_every: steps
-    between Python's garbage collections, which are otherwise off. max_bad_steps: updates skipped in a row (norm not
-    finite) before the run stops.
+    """steps: optimizer steps. trainable: shell patterns on names of parameters that are trained; empty = everything, or
+    with `lora.rank` the adapters alone, which are trained in any case. deterministic: only kernels with a fixed order
+    of summation. collect_garbage_every: steps between Python's garbage collections, which are otherwise off.
+    max_bad_steps: updates skipped in a row (norm not finite) before the run stops.
     """
 
     steps: int = 1000
+    trainable: list[str] = field(default_factory=list)
     deterministic: bool = False
     collect_garbage_every: int = 100
     max_bad_steps: int = 3
@@ -141,6 +146,7 @@ class Recipe:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -252,6 +258,7 @@ def check_recipe(recipe: Recipe) -> None:
             f"set model.text_dim={width}"
         )
     check_engine(recipe.zero, recipe.precision)
+    check_patterns(model, recipe.lora, recipe.train.trainable)
     check_degrees(recipe)
 
 

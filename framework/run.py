@@ -52,7 +52,7 @@ FREE = (
     "log.*",
     "resume.*",
 )
-BOUND = ("checkpoint.store",)  # not free although the above match it
+BOUND = ("checkpoint.store", "train.trainable")  # not free although the above match it
 
 CHECKPOINTS = "checkpoints"
 

@@ -6,6 +6,7 @@ the shards that `parallelize` names.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import mutations
@@ -17,7 +18,8 @@ from framework.batch import Noised, Tokens
 from framework.environment import Environment
 from framework.kernels.aten import AtenAttention
 from framework.kernels.reference import ReferenceAttention
-from framework.models.config import ExecutionConfig, ModelConfig
+from framework.models.adapters import add_adapters
+from framework.models.config import NO_ADAPTERS, ExecutionConfig, LoraConfig, ModelConfig
 from framework.models.dit import DiT
 from framework.models.parallelize import parallelize
 from framework.models.patchify import patchify
@@ -43,7 +45,9 @@ IMAGE = replace(MODEL, image_dim=5, added_kv_proj_dim=36, in_channels=4)
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell. latent: frames, rows, columns of patches. samples: over all dp ranks; 0 of them on some if fewer."""
+    """One cell. latent: frames, rows, columns of patches. samples: over all dp ranks; 0 of them on some if fewer.
+    adapted: adapters on all kinds of linears. trainable: patterns of what is trained besides.
+    """
 
     mesh: MeshShape
     latent: tuple[int, int, int] = (2, 2, 3)
@@ -53,6 +57,13 @@ class Cell:
     micro: int = 1
     split: tuple[int, int] | None = None
     reference_kernel: bool = False
+    adapted: bool = False
+    trainable: tuple[str, ...] = ()
+
+    @property
+    def lora(self) -> LoraConfig:
+        targets = ["*.attn?.*", "*.ffn.net.*", "*.text_embedder.*", "*.time_embedder.*", "proj_out"]
+        return LoraConfig(rank=3, alpha=5.0, targets=targets) if self.adapted else NO_ADAPTERS
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +75,8 @@ class Cell:
         words += [self.recompute] if self.recompute != "none" else []
         words += ["image"] if self.image else []
         words += [f"micro{self.micro}"] if self.micro > 1 else []
+        words += ["adapted"] if self.adapted else []
+        words += list(self.trainable)
         words += [f"split{self.split[0]}x{self.split[1]}"] if self.split else []
         return "-".join(words)
 
@@ -109,7 +122,12 @@ def inputs_of(cell: Cell, config: ModelConfig) -> Inputs:
 
 def serial(cell: Cell, config: ModelConfig) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """Loss, gradients and weights on one device, by the plain kernel."""
-    model = DiT(config, ReferenceAttention()).double()
+    model = DiT(config, ReferenceAttention())
+    add_adapters(model, cell.lora)
+    model.double()
+    for name, parameter in model.named_parameters():
+        adapter, matches = "lora" in name, any(fnmatchcase(name, pattern) for pattern in cell.trainable)
+        parameter.requires_grad_(adapter or matches or not (cell.adapted or cell.trainable))
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         base = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -172,7 +190,8 @@ def parallel(
     """This rank's loss and gradients, summed over zero but not yet put together over tp."""
     with torch.device("meta"):
         model = DiT(config, ReferenceAttention() if cell.reference_kernel else AtenAttention())
-    shards = parallelize(model, mesh, ExecutionConfig(recompute=cell.recompute))
+    execution = ExecutionConfig(recompute=cell.recompute)
+    shards = parallelize(model, mesh, execution, lora=cell.lora, trainable=cell.trainable)
     fill(model, shards, weights)
     here = mesh if cell.split is None else mesh.split(*cell.split)
     inputs = inputs_of(cell, config)
@@ -219,7 +238,7 @@ def run_cell(cell: Cell, rank: int) -> CellError:
     mesh = build_mesh(cell.mesh, rank, [] if cell.split is None else [cell.split])
     loss, reference, weights = serial(cell, config)
     with torch.device("meta"):
-        shards = parallelize(DiT(config, AtenAttention()), mesh, ExecutionConfig())
+        shards = parallelize(DiT(config, AtenAttention()), mesh, ExecutionConfig(), lora=cell.lora)
     total, gradients = parallel(cell, config, mesh, weights)
     dist.all_reduce(total)
     whole = assemble(gradients, shards, mesh)

@@ -1,8 +1,10 @@
 """Fixtures that tests of several folders share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from object_store import ObjectStore
 from tiny import write_latents, write_recipe
 
 
@@ -31,3 +33,11 @@ def rabbit_latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = load_recipe(root / "recipes/quickstart.yaml", [])
     encode(recipe, folder / "videos", folder / "latents", dtype="float16")
     return folder / "latents"
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A running S3 server with the bucket "vid"; use a prefix of your own."""
+    store = ObjectStore(tmp_path_factory.mktemp("seaweedfs"))
+    yield store
+    store.close()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from framework.environment import Environment
+from framework.models.layers import compute_dtype
 from framework.models.patchify import patchify
 from framework.parallel.collectives import gather_fragments
 from framework.parallel.config import MeshShape
@@ -43,14 +44,15 @@ class Updates:
 
 
 def open_engine(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple[Recipe, Mesh, nn.Module, Engine]:
-    """An engine with the initial weights, but for an output projection that isn't zero."""
+    """An engine with the initial weights, but for an output projection and adapters that aren't zero."""
     recipe = resolve_auto(load_recipe(recipe_path, overrides))
     mesh = build.open_mesh(recipe, env)
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
     build.initialise(engine.fragments(), recipe)
     for fragment in engine.fragments():
-        if fragment.key == "model.proj_out.weight":
+        name = fragment.shard.name
+        if fragment.state == "model" and (name == "proj_out.weight" or name.endswith("lora_B.weight")):
             fragment.copy_from(projection(fragment.shard.global_shape))
     engine.refresh(updates=0)
     return recipe, mesh, model, engine
@@ -77,7 +79,8 @@ def backwards(recipe: Recipe, mesh: Mesh, engine: Engine, num_steps: int) -> Ite
 
 def gathered(engine: Engine, mesh: Mesh, state: str) -> Arrays:
     chosen = [f for f in (engine.gradients() if state == "grad" else engine.fragments()) if f.state == state]
-    return {name: tensor.numpy() for name, tensor in gather_fragments(chosen, mesh.control).items()}
+    wide = {name: t.to(compute_dtype(t.dtype)) for name, t in gather_fragments(chosen, mesh.control).items()}
+    return {name: tensor.numpy() for name, tensor in wide.items()}
 
 
 def updates(env: Environment, recipe_path: Path, overrides: list[str], num_steps: int = 2) -> Updates:
@@ -185,10 +188,12 @@ def live_bytes() -> int:
 @dataclass(frozen=True)
 class Held:
     """Bytes that this rank holds. total: of every tensor, more than before the engine, when the gradient is there.
-    after: the same after the step. The others: by the storages of what the engine says it holds.
+    after: the same after the step. The others: by the storages of what the engine says it holds. num_parameters: those
+    that are trained.
     """
 
     num_parameters: int
+    num_frozen: int
     parameters: int
     masters: int
     moments: int
@@ -210,16 +215,18 @@ def held_bytes(env: Environment, recipe_path: Path, overrides: list[str]) -> Hel
     engine.step(lr=1e-3)
     next(steps)
     total = live_bytes() - before
-    fragments = {state: [f.flat for f in engine.fragments() if f.state == state] for state in ("model", "exp_avg")}
+    trained = [f for f in engine.fragments() if f.shard.trainable]
+    fragments = {state: [f.flat for f in trained if f.state == state] for state in ("model", "exp_avg")}
     held = [getattr(p, "ds_tensor", p) for p in model.parameters()]
     held = [p._local_tensor if isinstance(p, DTensor) else p for p in held]
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     engine.step(lr=1e-3)
     with_data = live_bytes()
     del steps
     after = live_bytes()
     return Held(
-        num_parameters,
+        sum(size for size, trains in sizes if trains),
+        sum(size for size, trains in sizes if not trains),
         storage_bytes(held),
         storage_bytes(fragments["model"]),
         2 * storage_bytes(fragments["exp_avg"]),

@@ -175,3 +175,32 @@ def engine_bucket_weight_off_by_cp() -> None:
         return right(self, prediction, tokens) * tokens.layout.mesh.cp.size
 
     flow.Flow.losses = wrong  # type: ignore[method-assign]
+
+
+def column_adapter_not_summed() -> None:
+    """The whole matrix of a column linear's adapter keeps the gradient of this rank's columns."""
+    right = parallelize.split_column
+
+    def wrong(module: Any, tp: Any) -> Any:
+        part, places = right(module, tp)
+        if hasattr(part, "lora_A"):
+            object.__setattr__(part.lora_A, "on_tokens", lambda x: x)
+        return part, places
+
+    parallelize.split_column = wrong
+
+
+def row_adapter_counted_twice() -> None:
+    """A row linear's adapter is summed over tp, and its input is summed before that too."""
+    right = parallelize.AdaptedRowLinear.product
+
+    def wrong(self: Any, input: Tensor) -> Tensor:
+        out = right(self, input)
+        return out + (out - tensor_parallel.RowLinear.product(self, input))
+
+    parallelize.AdaptedRowLinear.product = wrong  # type: ignore[method-assign]
+
+
+def frozen_weights_are_trained() -> None:
+    """What matches no pattern is trained too."""
+    parallelize.is_trained = lambda *_: True

@@ -17,6 +17,7 @@ from framework.checkpoint.fence import Fence
 from framework.checkpoint.manifest import Entry, Progress
 from framework.checkpoint.staging import Staging
 from framework.checkpoint.writer import CheckpointWriter, Failure, Subject
+from framework.parallel.collectives import gather_objects
 from framework.parallel.fragments import Fragment
 from framework.parallel.mesh import Mesh
 from framework.run import RunFailure
@@ -41,7 +42,10 @@ class Saver:
         """fragments: the live state of this rank."""
         owned = [fragment for fragment in fragments if fragment.shard.owner]
         self._config, self._attempt = config, fence.attempt
-        self._staging = Staging([f for f in owned if f.shard.trainable], subject.shards)
+        trained = [f for f in owned if f.shard.trainable]
+        everywhere = gather_objects({f.state: f.flat.dtype for f in trained}, mesh.control)
+        states = {state: dtype for rank in everywhere for state, dtype in rank.items()}
+        self._staging = Staging(trained, subject.shards, states)
         subject = replace(subject, frozen=[f for f in owned if not f.shard.trainable])
         self._writer = CheckpointWriter(storage, config, mesh, fence=fence, subject=subject, staging=self._staging)
         self._thread = ThreadPoolExecutor(1, "save")
@@ -53,6 +57,11 @@ class Saver:
     def failed(self) -> bool:
         """Whether a save has failed for good."""
         return self._failure is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._running is None or self._running.done()
 
     def save(self, progress: Progress) -> None:
         """Copy the live state, and write it in the background. Waits for the save before. Raises RunFailure."""
@@ -94,10 +103,9 @@ class Saver:
                 before = f" ({waited:.3f} s of it for the save before)" if waited > 0.001 else ""
                 seconds = time.perf_counter() - begin
                 self._events.put(
-                    f"saved {entry.folder}: training waited {stalled:.3f} s{before}, written in {seconds:.2f} s"
+                    f"saved {entry.folder}, {self._writer.num_bytes / 1e9:.3g} GB: training waited {stalled:.3f} s"
+                    f"{before}, written in {seconds:.2f} s"
                 )
-                while self._writer.notes:
-                    self._events.put(self._writer.notes.pop(0))
                 return
             if failure.final or number == self._config.retries:
                 self._failure = Failure(f"{failure.message}; earlier checkpoints are untouched")

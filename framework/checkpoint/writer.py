@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+import torch
+
+from framework import log
 from framework.checkpoint.config import CheckpointConfig
 from framework.checkpoint.exchange import Exchange
 from framework.checkpoint.fence import Fence, TakenOver
@@ -71,10 +74,7 @@ class Subject:
 
 
 class CheckpointWriter:
-    """Writes what is staged. Making one, and `write`, are collectives over the world.
-
-    notes: what else a person should know, on rank 0; whoever tells it empties them.
-    """
+    """Writes what is staged. Making one, and `write`, are collectives over the world."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class CheckpointWriter:
         )
         self._frozen_files = {} if subject.known is None else subject.known.files
         self._metadata: bytes | None = None
-        self.notes: list[str] = []
+        self.num_bytes = 0  # of the newest checkpoint, over all ranks
 
     def write(self, entry: Entry, progress: Progress) -> Failure | None:
         """Write and commit a checkpoint. What went wrong, if something did, is the same on every rank."""
@@ -114,6 +114,7 @@ class CheckpointWriter:
             if self._group.index == 0:
                 self._metadata = encode_metadata(self._plan(everywhere))
         files = merged(each.files for each in everywhere) | self._frozen_files
+        self.num_bytes = sum(file.size for file in files.values())
         failure = self._on_first(lambda: self._commit(entry, progress, files))
         if failure is None and self._local is not None:
             self._local.keep_only(entry.folder)
@@ -176,8 +177,8 @@ class CheckpointWriter:
             retain(self._storage, self._config, attempt=self._fence.attempt)
         except TakenOver:
             raise
-        except OSError as error:
-            self.notes.append(f"{entry.folder} is saved, but what needn't stay couldn't be deleted: {cause(error)}")
+        except OSError as error:  # the checkpoint is there all the same
+            log.error(f"older checkpoints in {self._storage.url} should go but can't be deleted: {cause(error)}")
 
     def _on_first(self, action: Callable[[], None]) -> Failure | None:
         """Run on rank 0; its failure, if any, on every rank."""
@@ -194,7 +195,7 @@ def build_exchange(
     staging: Staging, shards: Sequence[ParameterShard], config: CheckpointConfig, mesh: Mesh
 ) -> Exchange | None:
     """The exchange where the layout is to be even, None where every rank writes what it holds. A collective."""
-    mine = sum(len(lay_out("", "", ranges, staging.dtype).boxes) for ranges in staging.ranges.values())
+    mine = sum(len(lay_out("", "", ranges, torch.float32).boxes) for ranges in staging.ranges.values())
     total = sum(gather_objects(mine, mesh.control))
     wanted = config.layout == "even" or (config.layout == "auto" and total > MANY_BOXES)
     if not wanted or mesh.zero.size == 1:

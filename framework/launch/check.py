@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from framework.checkpoint.find import newest, store_of
 from framework.data.buckets import bucket_views, check_held_out, open_streams
 from framework.data.config import StreamConfig
+from framework.models.config import is_adapter
 from framework.parallel.config import MeshShape, resolve_mesh, split_shape
 from framework.plan.parameters import parameter_shapes
 from framework.recipe import Recipe, bucket_degrees, check_kernel
@@ -13,6 +14,15 @@ from framework.tokenizer.config import tokenizer_version
 
 # Without GPUs ranks are for trying things out; beyond this they only starve each other.
 RANKS_A_CORE = 8
+
+
+def check_store(recipe: Recipe) -> None:
+    """Whether checkpoints can be written where the recipe says, and gone on from. Raises ValueError. Reads a listing
+    and one manifest.
+    """
+    storage = store_of(recipe)
+    storage.check()
+    newest(storage, fall_back=recipe.resume.fall_back)
 
 
 def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> MeshShape:
@@ -26,7 +36,6 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     recipe.zero.partition_size(shape.dp * shape.cp)
     check_table(recipe)
     check_kernel(recipe, num_gpus=num_gpus)
-    newest(store_of(recipe), fall_back=recipe.resume.fall_back)
     version = tokenizer_version(recipe.tokenizer)
     streams = open_streams(recipe.data.streams, tokenizer_version=version)
     bucket_views(streams, recipe.data.buckets)
@@ -39,10 +48,11 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
 
 
 def check_table(recipe: Recipe) -> None:
-    """Raises ValueError for a rule of the precision table that no parameter matches, and for two rows in a module whose
-    parameters FSDP2 gathers together.
+    """Raises ValueError for a rule of the precision table that no parameter matches, and for two rows in a module, its
+    adapter included, whose parameters FSDP2 gathers together.
     """
-    precision, names = recipe.precision, [parameter.name for parameter in parameter_shapes(recipe.model)]
+    names = [parameter.name for parameter in parameter_shapes(recipe.model, lora=recipe.lora)]
+    precision = recipe.precision
     for rule in precision.table:
         if not any(fnmatchcase(name, rule.pattern) for name in names):
             raise ValueError(
@@ -51,7 +61,8 @@ def check_table(recipe: Recipe) -> None:
             )
     first: dict[str, str] = {}
     for name in names:
-        other = first.setdefault(name.rpartition(".")[0], name)
+        module = name.rpartition(".")[0]
+        other = first.setdefault(module.rpartition(".")[0] if is_adapter(name) else module, name)
         if recipe.zero.engine == "fsdp2" and precision.of(name) != precision.of(other):
             raise ValueError(
                 f"precision.table gives parameters of one module two rows: {other} {precision.of(other)}, {name} "

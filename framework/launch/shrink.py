@@ -9,7 +9,8 @@ degrees, and the remainders of
 
 What decides how much there is to compute is not: two layers, eight channels a head, four latent channels, random
 latents under a tokenizer and a text encoder that need no weights, the kernel that fits. Image tokens are left out, as
-the data has none, and so are rules of the precision table that no parameter is left for.
+the data has none, and so are rules of the precision table and patterns of adapters and of trained parameters that
+nothing is left for; where that leaves no pattern at all, everything is trained.
 """
 
 import math
@@ -26,7 +27,8 @@ from framework.diffusion.config import SamplesConfig
 from framework.evaluate.config import ValidationConfig
 from framework.kernels.config import AttentionConfig
 from framework.launch.verify import parse_mesh
-from framework.plan.parameters import parameter_shapes
+from framework.models.config import LoraConfig
+from framework.plan.parameters import linear_names, parameter_shapes
 from framework.recipe import Recipe, bucket_degrees, bucket_tokens, load_recipe, to_yaml
 from framework.shapes import latent_shape
 from framework.text.config import BytesConfig, TextConfig
@@ -80,9 +82,18 @@ def shrink_recipe(path: Path, overrides: list[str], meshes: list[str], folder: P
         validation=ValidationConfig(),
         samples=SamplesConfig(),
     )
-    names = [parameter.name for parameter in parameter_shapes(shrunk.model)]
+    linears = linear_names(parameter_shapes(shrunk.model))
+    targets = [pattern for pattern in recipe.lora.targets if any(fnmatchcase(name, pattern) for name in linears)]
+    lora = replace(recipe.lora, targets=targets) if targets else LoraConfig()
+    names = [parameter.name for parameter in parameter_shapes(shrunk.model, lora=lora)]
     table = [rule for rule in recipe.precision.table if any(fnmatchcase(name, rule.pattern) for name in names)]
-    shrunk = replace(shrunk, precision=replace(recipe.precision, table=table))
+    trainable = [pattern for pattern in recipe.train.trainable if any(fnmatchcase(name, pattern) for name in names)]
+    shrunk = replace(
+        shrunk,
+        lora=lora,
+        precision=replace(recipe.precision, table=table),
+        train=replace(recipe.train, trainable=trainable),
+    )
     out = folder / "shrunk.yaml"
     out.write_text(to_yaml(shrunk))
     return out

@@ -7,8 +7,15 @@ The model's width is D = num_attention_heads * attention_head_dim.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Final, Literal
+
+# Names of the adapters' matrices below their linear's, PEFT's.
+LORA_A: Final = "lora_A"
+LORA_B: Final = "lora_B"
+ATTENTION_LINEARS: Final = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
 
 
 @dataclass(frozen=True)
@@ -118,3 +125,57 @@ class ExecutionConfig:
 
     recompute: Literal["none", "all", "keep_attention"] = "none"
     compile: bool = False
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of linears, y = W x + b + (alpha / rank) B A x with A `rank in` and B `out rank` (LoRA, arXiv
+    2106.09685).
+
+    rank: 0 = no adapters. alpha: null takes the rank, a factor of 1. targets: shell patterns (* and ?) on the names of
+    linears within the model, as in blocks.0.attn1.to_q; what else a pattern matches is left alone.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    targets: list[str] = field(default_factory=lambda: list(ATTENTION_LINEARS))
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank={self.rank} must be at least 0")
+        if self.alpha is not None and not self.rank:
+            raise ValueError(f"lora.alpha={self.alpha} without adapters: set lora.rank, or drop lora.alpha")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"lora.alpha={self.alpha} must be above 0")
+        if self.rank and not self.targets:
+            raise ValueError(
+                f"lora.targets is empty, so lora.rank={self.rank} has nothing to adapt: name some, or drop it"
+            )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        assert self.rank, "there are no adapters"
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def adapts(self, linear: str) -> bool:
+        """Whether a linear of this name gets an adapter."""
+        return self.rank > 0 and matches(linear, self.targets)
+
+
+NO_ADAPTERS: Final = LoraConfig()
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name matches one of some shell patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's."""
+    return name.split(".")[-2:-1] in ([LORA_A], [LORA_B])
+
+
+def is_trained(name: str, lora: LoraConfig, patterns: Sequence[str]) -> bool:
+    """Whether a parameter is trained: adapters and what matches `patterns`; without either, everything."""
+    return is_adapter(name) or matches(name, patterns) or not (lora.rank or patterns)

@@ -7,6 +7,7 @@ of Wan's own initialisation (Wan2.1 `wan/modules/model.py`, `init_weights`), wit
     text and time embedder              normal(0, 0.02^2)
     modulation tables                   normal(0, 1/D)
     norms 1, biases 0, image positions 0, proj_out 0
+    adapters: A uniform(-a, a), a = 1 / sqrt(fan_in), B 0      (Kaiming uniform of slope sqrt(5), as PEFT)
 
 One difference: torch's conv3d would give the patch embedding a random bias; here it is zero like the others.
 
@@ -19,7 +20,7 @@ import re
 import torch
 from torch import Tensor
 
-from framework.models.config import ModelConfig
+from framework.models.config import LORA_A, LORA_B, ModelConfig
 
 EMBEDDER_STD = 0.02
 EMBEDDER_WEIGHT = re.compile(r"condition_embedder\.(time_embedder|text_embedder)\.linear_[12]\.weight")
@@ -34,8 +35,11 @@ def init_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator, c
     values = torch.zeros(shape, dtype=torch.float32, device=generator.device)
     if norm := NORM.fullmatch(name):
         return values + 1 if norm.group(3) == "weight" else values
-    if name.endswith(".bias") or name == "proj_out.weight" or name.endswith(".pos_embed"):
+    if name.endswith((".bias", ".pos_embed", f".{LORA_B}.weight")) or name == "proj_out.weight":
         return values
+    if name.endswith(f".{LORA_A}.weight"):
+        bound = shape[1] ** -0.5
+        return values.uniform_(-bound, bound, generator=generator)
     if name.split(".")[-1] == "scale_shift_table":
         return values.normal_(0.0, config.width**-0.5, generator=generator)
     if EMBEDDER_WEIGHT.fullmatch(name):

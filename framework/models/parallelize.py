@@ -1,4 +1,5 @@
-"""The one file that applies parallelism to a model, in a fixed order: tp table, attention, recompute, compile.
+"""The one file that applies parallelism to a model, in a fixed order: adapters, tp table, attention, recompute,
+compile.
 
 Data parallelism needs nothing from the model: the ZeRO engine partitions what a rank holds. Context parallelism changes
 self-attention alone. Tensor parallelism splits linears by the table below, and the norms of q and k with them. Tokens
@@ -8,9 +9,15 @@ sums and scatters them.
 What every tp rank holds whole but uses on its own tokens has its gradient summed over tp where it is used
 (`on_tokens`): norms, modulation tables, patch embedding, head, biases of row linears, and what the embedders of time,
 text and image give, which stay replicated. Everything else sees all tokens of the group, or only its own columns.
+
+An adapter (adapters.py) is split with its linear. The matrix that is whole sees other columns on every rank, so its
+gradient is summed over tp:
+
+    column   y_i = x W_i + s (x A) B_i       A whole, B_i this rank's columns of the output
+    row      sum over tp of  x_i W_i + s (x_i A_i) B       A_i this rank's columns of the input, B whole
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Final, Literal
@@ -19,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from framework.models.config import ExecutionConfig
+from framework.models.adapters import Adapted, AdaptedLinear, Factor, add_adapters
+from framework.models.config import LORA_A, LORA_B, NO_ADAPTERS, ExecutionConfig, LoraConfig, is_trained
 from framework.models.dit import Block, DiT
 from framework.parallel.collectives import gather_tokens, sum_gradient
 from framework.parallel.context_parallel.attention import ContextAttention, keep_nothing
@@ -64,8 +72,26 @@ ON_TOKENS: Final = ("", "patch_embedding", "proj_out")
 ON_TOKENS_IN_BLOCK: Final = ("", "norm2")
 
 
-def parallelize(model: DiT, mesh: Mesh, execution: ExecutionConfig) -> list[ParameterShard]:
-    """Apply the mesh to a model on the meta device; the shards of its parameters, in the model's order."""
+class AdaptedRowLinear(Adapted, RowLinear):
+    """An adapted row linear."""
+
+    def product(self, input: Tensor) -> Tensor:
+        return self.add_adapter(RowLinear.product(self, input), input)
+
+
+def parallelize(
+    model: DiT,
+    mesh: Mesh,
+    execution: ExecutionConfig,
+    *,
+    lora: LoraConfig = NO_ADAPTERS,
+    trainable: Sequence[str] = (),
+) -> list[ParameterShard]:
+    """Apply adapters and the mesh to a model on the meta device; the shards of its parameters, in the model's order.
+
+    trainable: patterns of what is trained besides the adapters; without either, everything is.
+    """
+    add_adapters(model, lora)
     whole = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     split: dict[str, tuple[int, int]] = {}
     for prefix, block in blocks_of(model):
@@ -74,7 +100,11 @@ def parallelize(model: DiT, mesh: Mesh, execution: ExecutionConfig) -> list[Para
             object.__setattr__(block.get_submodule(name), "on_tokens", partial(sum_gradient, group=mesh.tp))
         block.attn1.attention = ContextAttention(block.attn1.kernel)
     for name in ON_TOKENS:
-        object.__setattr__(model.get_submodule(name), "on_tokens", partial(sum_gradient, group=mesh.tp))
+        module = model.get_submodule(name)
+        for user in (module, *factors_of(module)):
+            object.__setattr__(user, "on_tokens", partial(sum_gradient, group=mesh.tp))
+    for name, parameter in named(model):
+        parameter.requires_grad_(is_trained(name, lora, trainable))
     apply_recompute(model, execution)
     if execution.compile:
         for _, block in blocks_of(model):
@@ -92,6 +122,11 @@ def blocks_of(model: DiT) -> Iterator[tuple[str, Block]]:
 def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters by name."""
     return list(model.named_parameters())
+
+
+def factors_of(module: nn.Module) -> tuple[Factor, ...]:
+    """The matrices of a linear's adapter, if it has one."""
+    return (module.lora_A, module.lora_B) if isinstance(module, Adapted) else ()
 
 
 def split_block(block: Block, tp: Group) -> dict[str, tuple[int, int]]:
@@ -118,18 +153,40 @@ def split_module(
     match style:
         case "column":
             assert isinstance(module, nn.Linear)
-            size, offset = part_of(module.out_features, tp)
-            return nn.Linear(module.in_features, size, device="meta"), {"weight": (0, offset), "bias": (0, offset)}
+            return split_column(module, tp)
         case "row":
             assert isinstance(module, nn.Linear)
-            size, offset = part_of(module.in_features, tp)
-            with torch.device("meta"):
-                return RowLinear(size, module.out_features, tp), {"weight": (1, offset)}
+            return split_row(module, tp)
         case "norm":
             dim = module.get_parameter("weight").numel()
             size, offset = part_of(dim, tp)
             with torch.device("meta"):
                 return SplitRMSNorm(size, dim, float(str(module.eps)), tp), {"weight": (0, offset)}
+
+
+def split_column(module: nn.Linear, tp: Group) -> tuple[nn.Linear, dict[str, tuple[int, int]]]:
+    """This rank's columns of the output."""
+    size, offset = part_of(module.out_features, tp)
+    places = {"weight": (0, offset), "bias": (0, offset)}
+    with torch.device("meta"):
+        if not isinstance(module, Adapted):
+            return nn.Linear(module.in_features, size), places
+        part, rank = AdaptedLinear(module.in_features, size), module.lora_A.weight.shape[0]
+        part.attach(Factor(module.in_features, rank), Factor(rank, size), module.scale)
+    object.__setattr__(part.lora_A, "on_tokens", partial(sum_gradient, group=tp))
+    return part, places | {f"{LORA_B}.weight": (0, offset)}
+
+
+def split_row(module: nn.Linear, tp: Group) -> tuple[RowLinear, dict[str, tuple[int, int]]]:
+    """This rank's columns of the input."""
+    size, offset = part_of(module.in_features, tp)
+    with torch.device("meta"):
+        if not isinstance(module, Adapted):
+            return RowLinear(size, module.out_features, tp), {"weight": (1, offset)}
+        part, rank = AdaptedRowLinear(size, module.out_features, tp), module.lora_A.weight.shape[0]
+        part.attach(Factor(size, rank), Factor(rank, module.out_features), module.scale)
+    object.__setattr__(part.lora_B, "on_tokens", partial(sum_gradient, group=tp))
+    return part, {"weight": (1, offset), f"{LORA_A}.weight": (1, offset)}
 
 
 def part_of(columns: int, tp: Group) -> tuple[int, int]:
@@ -149,8 +206,9 @@ def shard_of(
         dim, start = place
         offset[dim] = start
         mark_split(parameter)
-        return ParameterShard(name, whole, tuple(offset), tuple(parameter.shape))
-    return ParameterShard(name, whole, tuple(offset), whole, owner=tp.index == 0)
+        return ParameterShard(name, whole, tuple(offset), tuple(parameter.shape), trainable=parameter.requires_grad)
+    owner = tp.index == 0
+    return ParameterShard(name, whole, tuple(offset), whole, owner=owner, trainable=parameter.requires_grad)
 
 
 def apply_recompute(model: DiT, execution: ExecutionConfig) -> None:

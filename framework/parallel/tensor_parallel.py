@@ -36,8 +36,12 @@ class RowLinear(nn.Linear):
         self.share = 1.0 if group.index == 0 else 0.0
 
     def forward(self, input: Tensor) -> Tensor:
+        return scatter_tokens(self.product(input), self.group)
+
+    def product(self, input: Tensor) -> Tensor:
+        """This rank's summand of the group's tokens, `B (tp s) out`."""
         bias = sum_gradient(self.bias, self.group) * self.share
-        return scatter_tokens(F.linear(input, self.weight, bias), self.group)
+        return F.linear(input, self.weight, bias)
 
 
 class SplitRMSNorm(nn.Module):

@@ -4,12 +4,13 @@
 Shapes are those of one tp rank. `D` width, `F` feed-forward width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Final, Literal
 
-from framework.models.config import ModelConfig
+from framework.models.config import LORA_A, LORA_B, NO_ADAPTERS, LoraConfig, ModelConfig, is_adapter, is_trained
 from framework.shapes import even_parts
 
 Style = Literal["column", "row", "norm"]
@@ -30,6 +31,10 @@ SPLIT: Final[Mapping[str, Style]] = MappingProxyType(
         "norm_added_k": "norm",
     }
 )
+# What of a split module every tp rank holds whole.
+WHOLE: Final[Mapping[Style, tuple[str, ...]]] = MappingProxyType(
+    {"column": (LORA_A,), "row": ("bias", LORA_B), "norm": ()}
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,12 @@ class TensorParallel:
 
 @dataclass(frozen=True)
 class ParameterShape:
-    """A parameter on one tp rank. split: whether other tp ranks hold other parts."""
+    """A parameter on one tp rank. split: whether other tp ranks hold other parts. trained: whether it isn't frozen."""
 
     name: str
     shape: tuple[int, ...]
     split: bool = False
+    trained: bool = True
 
     @property
     def num_elements(self) -> int:
@@ -56,14 +62,66 @@ class ParameterShape:
         return count
 
 
-def parameter_shapes(config: ModelConfig, tp: TensorParallel = TensorParallel()) -> list[ParameterShape]:
-    """Every parameter of the model on this tp rank."""
-    blocks = [
-        split_over(ParameterShape(f"blocks.{index}.{inner.name}", inner.shape), tp)
+def parameter_shapes(
+    config: ModelConfig,
+    tp: TensorParallel = TensorParallel(),
+    *,
+    lora: LoraConfig = NO_ADAPTERS,
+    trainable: Sequence[str] = (),
+) -> list[ParameterShape]:
+    """Every parameter of the model on this tp rank. trainable: as in `train.trainable`."""
+    whole = [
+        ParameterShape(f"blocks.{index}.{inner.name}", inner.shape)
         for index in range(config.num_layers)
         for inner in block_shapes(config)
     ]
-    return [*outer_shapes(config), *blocks]
+    whole = [*outer_shapes(config), *whole]
+    targets = {f"{name}.weight" for name in linear_names(whole) if lora.adapts(name)}
+    adapters = [matrix for p in whole if p.name in targets for matrix in adapter_shapes(p, lora.rank)]
+    shapes = [*whole, *adapters]
+    return [replace(split_over(p, tp), trained=is_trained(p.name, lora, trainable)) for p in shapes]
+
+
+def elements_of(parameters: list[ParameterShape]) -> int:
+    """The elements of all of them."""
+    return sum(parameter.num_elements for parameter in parameters)
+
+
+def linear_names(parameters: list[ParameterShape]) -> list[str]:
+    """The linears among the modules of some parameters."""
+    return [p.name.removesuffix(".weight") for p in parameters if p.name.endswith(".weight") and len(p.shape) == 2]
+
+
+def adapter_shapes(weight: ParameterShape, rank: int) -> list[ParameterShape]:
+    """The matrices of the adapter of a linear."""
+    module, (out_dim, in_dim) = weight.name.removesuffix(".weight"), weight.shape
+    return [
+        ParameterShape(f"{module}.{LORA_A}.weight", (rank, in_dim)),
+        ParameterShape(f"{module}.{LORA_B}.weight", (out_dim, rank)),
+    ]
+
+
+def check_patterns(config: ModelConfig, lora: LoraConfig, trainable: Sequence[str]) -> None:
+    """Raises ValueError for a pattern of `lora.targets` or `train.trainable` that names nothing of the model."""
+    parameters = parameter_shapes(config)
+    linears = linear_names(parameters)
+    modules = {parameter.name.rpartition(".")[0] for parameter in parameters}
+    for pattern in lora.targets if lora.rank else ():
+        if any(fnmatchcase(name, pattern) for name in linears):
+            continue
+        others = sorted(name for name in modules if fnmatchcase(name, pattern))
+        wrong = f"only {others[0]}, which is no linear" if others else "nothing of the model"
+        raise ValueError(
+            f"lora.targets: {pattern!r} matches {wrong}; name linears, such as {linears[-3]} or '*.ffn.net.2' "
+            "(* and ? stand for anything)"
+        )
+    names = [parameter.name for parameter in parameter_shapes(config, lora=lora)]
+    for pattern in trainable:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"train.trainable: {pattern!r} matches no parameter of the model; names are like {names[1]} and "
+                "blocks.0.ffn.net.2.bias (* and ? stand for anything)"
+            )
 
 
 def linear(name: str, in_dim: int, out_dim: int) -> list[ParameterShape]:
@@ -111,11 +169,19 @@ def block_shapes(config: ModelConfig) -> list[ParameterShape]:
     return [*made, *linear("ffn.net.0.proj", width, hidden), *linear("ffn.net.2", hidden, width)]
 
 
+def split_style(parameter: str) -> Style | None:
+    """How tp splits the linear or norm that a parameter belongs to, if it does."""
+    module = parameter.rpartition(".")[0]
+    module = module.rpartition(".")[0] if is_adapter(parameter) else module
+    found = (style for suffix, style in SPLIT.items() if module.endswith(f".{suffix}"))
+    return next(found, None) if module.startswith("blocks.") else None
+
+
 def split_over(parameter: ParameterShape, tp: TensorParallel) -> ParameterShape:
-    """This tp rank's part of a parameter of a block."""
-    module, _, kind = parameter.name.rpartition(".")
-    style = next((style for suffix, style in SPLIT.items() if module.endswith(f".{suffix}")), None)
-    if style is None or tp.size == 1 or (style == "row" and kind == "bias"):
+    """This tp rank's part of a parameter."""
+    style, path = split_style(parameter.name), parameter.name.split(".")
+    kind = path[-2] if is_adapter(parameter.name) else path[-1]
+    if style is None or tp.size == 1 or kind in WHOLE[style]:
         return parameter
     dim = 1 if style == "row" else 0
     sizes = list(parameter.shape)

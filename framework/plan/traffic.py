@@ -12,7 +12,8 @@ computes in, p of norms and modulation (at least 4). Forward and backward of a b
     ulysses   (u-1)/u (4 B n s H d + 4 B u n s h d) b     in 4 collectives
     ring      (r-1) 6 B u n s h d b                       keys and values twice, their gradients once
 
-`recompute=all` repeats the forward's, `keep_attention` those of tp alone. A step adds the loss (4 bytes over the world)
+`recompute=all` repeats the forward's, `keep_attention` those of tp alone. Where weights are frozen, what no backward
+reaches (backward.py) exchanges nothing in it and isn't computed again. A step adds the loss (4 bytes over the world)
 and the stop flag (8).
 
 What a ZeRO engine sends is in zero_traffic.py.
@@ -25,14 +26,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
+from framework.models.config import is_adapter
 from framework.parallel.config import MeshShape, split_shape
 from framework.parallel.zero.config import SIZES
-from framework.plan.parameters import parameter_shapes
+from framework.plan.backward import EMBEDDER, Reach
+from framework.plan.parameters import WHOLE, parameter_shapes, split_style
 from framework.recipe import Recipe, bucket_degrees, bucket_tokens
 from framework.shapes import even_parts
 
 Ledger = dict[tuple[str, str], tuple[int, Fraction]]  # (group, purpose) -> (calls, bytes)
-NORMS_OF_TOKENS: Final = 3  # of q and k in self-attention, of q in cross-attention
 # Parameters that tp ranks hold whole and use on their own tokens.
 ON_TOKENS: Final = re.compile(
     r"(patch_embedding|proj_out)\.(weight|bias)|(.*\.)?scale_shift_table|blocks\.\d+\.norm2\.(weight|bias)|"
@@ -77,11 +79,17 @@ def share(num_bytes: int, size: int) -> Fraction:
 def own_ledger(recipe: Recipe, shape: MeshShape, rank: int, micros: Sequence[MicroShape]) -> Ledger:
     """What our own collectives send in a step of `micros` on a rank of a mesh, in the training loop."""
     account = Account()
+    parameters = parameter_shapes(recipe.model, lora=recipe.lora, trainable=recipe.train.trainable)
+    reach = Reach(recipe.model, parameters)
     for micro in micros:
         degrees = split_shape(shape, *bucket_degrees(recipe, micro.bucket))
-        add_tensor_parallel(account, recipe, degrees, micro)
-        add_replicated(account, recipe, degrees, micro)
-        add_context_parallel(account, recipe, degrees, rank, micro)
+        add_tensor_parallel(account, recipe, degrees, micro, reach)
+        add_conditions(account, recipe, degrees, micro, reach)
+        for parameter in parameters:
+            if parameter.trained and is_summed(parameter.name):
+                size = parameter.num_elements * SIZES[recipe.precision.of(parameter.name).compute]
+                account.add("tp", "replicated", 2 * share(size, degrees.tp), 1)
+        add_context_parallel(account, recipe, degrees, rank, micro, reach)
     account.add("world", "loss", 2 * share(precise(recipe), shape.world_size), 1)
     account.add("control", "stop", 2 * share(8, shape.world_size), 1)
     if recipe.zero.engine == "fsdp2":
@@ -105,36 +113,56 @@ def part_tokens(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> int:
     return micro.samples * -(-tokens // shape.replica) * shape.tp
 
 
-def add_tensor_parallel(account: Account, recipe: Recipe, shape: MeshShape, micro: MicroShape) -> None:
+def add_tensor_parallel(account: Account, recipe: Recipe, shape: MeshShape, micro: MicroShape, reach: Reach) -> None:
     """Tokens gathered and scattered around the linears, and the sums of the norms of q and k."""
     tokens, n, p = part_tokens(recipe, shape, micro), shape.tp, precise(recipe)
-    passes = recipe.model.num_layers * (2 if recipe.execution.recompute == "none" else 3)
     full = tokens * recipe.model.width * compute(recipe)
-    account.add("tp", "gather_tokens", share(full, n), 3 * passes)
-    account.add("tp", "scatter_tokens", share(full, n), 3 * passes)
-    account.add("tp", "qk_norm", 2 * share(tokens * p, n), NORMS_OF_TOKENS * passes)
-    for condition in (micro.text, micro.image):
-        account.add("tp", "qk_norm", 2 * share(micro.samples * condition * p, n), passes)
+    image = [("attn2.norm_added_k", micro.image)] if micro.image else []
+    norms = [("attn1.norm_q", 0), ("attn1.norm_k", 0), ("attn2.norm_q", 0), ("attn2.norm_k", micro.text), *image]
+    for block in (f"blocks.{index}" for index in range(recipe.model.num_layers)):
+        forwards = 1 if recipe.execution.recompute == "none" or block not in reach else 2
+        enters = sum(f"{block}.{module}.enter" in reach for module in ("attn1", "attn2", "ffn"))
+        leaves = sum(f"{block}.{module}" in reach for module in ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2"))
+        account.add("tp", "gather_tokens", share(full, n), 3 * forwards + leaves)
+        account.add("tp", "scatter_tokens", share(full, n), 3 * forwards + enters)
+        for name, condition in norms:
+            count = micro.samples * condition if condition else tokens
+            account.add("tp", "qk_norm", 2 * share(count * p, n), forwards + (f"{block}.{name}" in reach))
 
 
-def add_replicated(account: Account, recipe: Recipe, shape: MeshShape, micro: MicroShape) -> None:
-    """Gradients of what every tp rank holds whole and uses on its own tokens."""
-    model, n, width = recipe.model, shape.tp, recipe.model.width
-    timesteps = micro.samples * micro.timesteps
-    conditions = [timesteps * width * precise(recipe), 6 * timesteps * width * precise(recipe)]
-    conditions += [micro.samples * length * width * compute(recipe) for length in (micro.text, micro.image)]
-    for num_bytes in conditions:
-        account.add("tp", "replicated", 2 * share(num_bytes, n), 1)
-    for parameter in parameter_shapes(model):
-        if ON_TOKENS.fullmatch(parameter.name):
-            size = SIZES[recipe.precision.of(parameter.name).compute]
-            account.add("tp", "replicated", 2 * share(parameter.num_elements * size, n), 1)
+def add_conditions(account: Account, recipe: Recipe, shape: MeshShape, micro: MicroShape, reach: Reach) -> None:
+    """Gradients of time, text and image, which every tp rank holds whole and shows its own tokens."""
+    width, timesteps = recipe.model.width, micro.samples * micro.timesteps
+    wide, narrow = width * precise(recipe), width * compute(recipe)
+    for module, num_bytes in (
+        ("time_embedder.linear_2", timesteps * wide),
+        ("time_proj", 6 * timesteps * wide),
+        ("text_embedder.linear_2", micro.samples * micro.text * narrow),
+        ("image_embedder.norm2", micro.samples * micro.image * narrow),
+    ):
+        account.add("tp", "replicated", 2 * share(num_bytes, shape.tp), f"{EMBEDDER}.{module}" in reach)
 
 
-def add_context_parallel(account: Account, recipe: Recipe, shape: MeshShape, rank: int, micro: MicroShape) -> None:
+def is_summed(parameter: str) -> bool:
+    """Whether the gradient of a parameter is summed over tp where it is used: of what every rank holds whole and uses
+    on its own tokens, and of an adapter's matrix that meets a rank's own columns.
+    """
+    if not is_adapter(parameter):
+        return ON_TOKENS.fullmatch(parameter) is not None
+    linear, matrix = parameter.removesuffix(".weight").rsplit(".", 1)
+    if linear == "proj_out":
+        return True
+    style = split_style(f"{linear}.weight")
+    return style is not None and matrix in WHOLE[style]
+
+
+def add_context_parallel(
+    account: Account, recipe: Recipe, shape: MeshShape, rank: int, micro: MicroShape, reach: Reach
+) -> None:
     """The exchanges of self-attention."""
-    layers, recompute = recipe.model.num_layers, recipe.execution.recompute
-    forwards = layers * (2 if recompute == "all" else 1)
+    blocks = [f"blocks.{index}" for index in range(recipe.model.num_layers)]
+    again = sum(block in reach for block in blocks) if recipe.execution.recompute == "all" else 0
+    forwards, layers = len(blocks) + again, sum(f"{block}.attn1.attention" in reach for block in blocks)
     n, u, r = shape.tp, shape.ulysses, shape.ring
     heads = recipe.model.num_attention_heads // n
     one = part_tokens(recipe, shape, micro) * recipe.model.attention_head_dim * compute(recipe)

@@ -145,7 +145,8 @@ def build_model(recipe: Recipe, mesh: Mesh) -> tuple[nn.Module, list[ParameterSh
     with torch.device("meta"):
         kernel = build_attention(recipe.attention, deterministic=recipe.train.deterministic)
         model = DiT(recipe.model, kernel)
-    return model, parallelize(model, mesh, recipe.execution)
+    lora, patterns = recipe.lora, recipe.train.trainable
+    return model, parallelize(model, mesh, recipe.execution, lora=lora, trainable=patterns)
 
 
 def build_engine(recipe: Recipe, model: nn.Module, shards: list[ParameterShard], mesh: Mesh) -> Engine:
@@ -164,8 +165,8 @@ def build_engine(recipe: Recipe, model: nn.Module, shards: list[ParameterShard],
 
 @torch.no_grad()
 def initialise(fragments: list[Fragment], recipe: Recipe) -> list[str]:
-    """Fill the master weights, each tensor from its own key, one tensor at a time: the same on every mesh. Returns what
-    a person should know of it.
+    """Fill the master and the frozen weights, each tensor from its own key, one tensor at a time: the same on every
+    mesh. Returns what a person should know of it.
     """
     for fragment in fragments:
         if fragment.state == "model":

@@ -13,6 +13,7 @@ from framework.checkpoint.read import CheckpointReader
 from framework.diffusion.video_file import write_contact_sheet, write_mp4
 from framework.kernels.attention import build_attention
 from framework.kernels.config import AttentionConfig
+from framework.models.adapters import add_adapters
 from framework.models.dit import DiT
 from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import lone_mesh
@@ -79,11 +80,12 @@ def load_model(
     here = resolve_auto(replace(recipe, attention=AttentionConfig()))
     with torch.device("meta"):
         model = DiT(recipe.model, build_attention(here.attention))
+    add_adapters(model, recipe.lora)
     model.to_empty(device="cpu")
-    state = "ema" if weights == "ema" else "model"
-    fragments = [
-        Fragment(state, ParameterShard.whole(name, tuple(parameter.shape)), 0, parameter.data.view(-1))
-        for name, parameter in model.named_parameters()
-    ]
+    fragments = []
+    for name, parameter in model.named_parameters():
+        averaged = weights == "ema" and f"ema.{name}" in reader.tensors  # what isn't trained has no average
+        shard = ParameterShard.whole(name, tuple(parameter.shape))
+        fragments.append(Fragment("ema" if averaged else "model", shard, 0, parameter.data.view(-1)))
     reader.load(fragments)
     return model.to(device=device, dtype=getattr(torch, recipe.precision.parameters)).eval()

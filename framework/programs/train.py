@@ -32,6 +32,7 @@ from framework.parallel.context_parallel.tokens import split_tokens
 from framework.parallel.fragments import ParameterShard
 from framework.parallel.mesh import Mesh
 from framework.parallel.zero.engine import Engine, StepStats
+from framework.plan.parameters import elements_of, parameter_shapes
 from framework.plan.zero_traffic import engine_traffic
 from framework.programs import build
 from framework.programs.observe import Observer
@@ -311,8 +312,12 @@ def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
     num_micro = parts.schedule[progress.step].num_micro
     zero = engine_traffic(recipe, shape, parts.mesh.rank, num_micro)
     where = f"resumes after step {progress.step}" if progress.step else "starts"
+    parameters = parameter_shapes(recipe.model, lora=recipe.lora, trainable=recipe.train.trainable)
+    total, trained = elements_of(parameters), elements_of([p for p in parameters if p.trained])
+    partial = [f"trains {trained:,} of {total:,} parameters ({trained / total:.2%})"] if trained < total else []
     return [
         f"run {run.path} {where} (attempt {run.attempt})",
+        *partial,
         f"mesh {shape} = {shape.world_size} ranks, ZeRO stage {recipe.zero.stage} ({recipe.zero.engine}), "
         f"{recipe.precision.parameters}",
         f"buckets: {buckets}; {recipe.data.global_batch} samples a step, {parts.schedule.waste():.1%} of slots empty",

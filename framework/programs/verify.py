@@ -1,9 +1,10 @@
 """`cuboid verify`: whether a recipe computes the same on several meshes.
 
-On each mesh the recipe's own step runs, on its own data, from its own initial weights, but for two things. The head's
-initial zeros would hide every gradient behind it, so it gets known values. And AdamW's eps is at least EPS: with a
-small one an update is g / |g| whatever the size of g, so that a gradient off by a factor leaves the weights as they
-are, while the rounding of a g near zero moves them by a whole step. What is compared with the first mesh:
+On each mesh the recipe's own step runs, on its own data, from its own initial weights, but for two things. The initial
+zeros of the head and of the adapters' B would hide every gradient behind them, so these get known values. And AdamW's
+eps is at least EPS: with a small one an update is g / |g| whatever the size of g, so that a gradient off by a factor
+leaves the weights as they are, while the rounding of a g near zero moves them by a whole step. What is compared with
+the first mesh:
 
     samples    which were drawn, and the bits of their latents, noise, noised latents, target and timesteps
     gradient   d(global mean loss) / d(global tensor) of the first step, after accumulation and reduction over zero,
@@ -26,6 +27,8 @@ from framework.ema import Ema
 from framework.environment import Environment
 from framework.evaluate.agreement import Observation
 from framework.keys import key
+from framework.models.config import LORA_B
+from framework.models.layers import compute_dtype
 from framework.optim import learning_rate
 from framework.parallel.collectives import gather_fragments, gather_objects, summed
 from framework.parallel.config import resolve_mesh
@@ -77,8 +80,9 @@ def observe(recipe: Recipe, env: Environment, *, steps: int) -> Observation | No
     engine = build.build_engine(recipe, model, shards, mesh)
     build.initialise(engine.fragments(), recipe)
     for fragment in engine.fragments():
-        if fragment.key == f"model.{HEAD}":
-            generator = torch.Generator().manual_seed(key(recipe.seed, "verify", uid=HEAD))
+        name = fragment.shard.name
+        if fragment.state == "model" and (name == HEAD or name.endswith(f".{LORA_B}.weight")):
+            generator = torch.Generator().manual_seed(key(recipe.seed, "verify", uid=name))
             fragment.copy_from(torch.randn(fragment.shard.global_shape, generator=generator) * HEAD_STD)
     engine.refresh(updates=0)
     needed = replace(recipe, train=replace(recipe.train, steps=max(1, steps)))
@@ -104,7 +108,7 @@ def observe(recipe: Recipe, env: Environment, *, steps: int) -> Observation | No
     return Observation(
         samples=agreed(everywhere),
         gradients=gradients,
-        weights={name: value.numpy() for name, value in weights.items()},
+        weights={name: value.to(compute_dtype(value.dtype)).numpy() for name, value in weights.items()},
         losses=tuple(losses),
         norms=tuple(norms),
     )

@@ -45,6 +45,8 @@ class FileWriter:
         with suppress(OSError):
             self._close_file()
         self.partial.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            self._path.parent.rmdir()
 
     def _close_file(self) -> None:
         """Once: another thread may have been given the same number since."""

@@ -9,22 +9,16 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from plain import assert_same, plain_updates
 from pool import run_ranks
 from tiny import write_recipe
 
-from framework.kernels.reference import ReferenceAttention
 from framework.keys import key
 from framework.launch.check import check_start
-from framework.models.dit import DiT
 from framework.models.initialise import init_tensor
-from framework.models.patchify import patchify
-from framework.parallel.mesh import lone_mesh
 from framework.parallel.zero.config import ZeroConfig
-from framework.parallel.zero.engine import predict
-from framework.programs import build
-from framework.recipe import Recipe, load_recipe
+from framework.recipe import load_recipe
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 CELLS = [
     (dp, stage, precision)
     for dp, stage in ((1, 2), (2, 1), (2, 2), (2, 3), (3, 3), (4, 1), (4, 2), (4, 3))
@@ -87,49 +81,6 @@ def fsdp2_words(stage: int, partition: int | str, dtype: str = "float32") -> lis
         f"zero.partition={partition}",
         f"precision.parameters={dtype}",
     ]
-
-
-def plain_updates(recipe: Recipe, dtype: torch.dtype, num_steps: int = 2) -> engine_ranks.Updates:
-    """Plain AdamW in one process: no engine, no mesh, the samples' mean squared errors written out."""
-    model = DiT(recipe.model, ReferenceAttention()).to(dtype)
-    for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(key(recipe.seed, "init", uid=name))
-        value = init_tensor(name, tuple(parameter.shape), generator, recipe.model)
-        parameter.data.copy_(ranks.projection(tuple(parameter.shape)) if name == "proj_out.weight" else value)
-    names = dict(model.named_parameters())
-    decays = {name: 0.1 if p.ndim >= 2 and "scale_shift_table" not in name else 0.0 for name, p in names.items()}
-    groups = [{"params": [p], "weight_decay": decays[name]} for name, p in names.items()]
-    config = recipe.optimizer
-    adam = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, foreach=False)
-    streams = build.open_data(recipe, recipe.data.streams)
-    schedule = build.build_schedule(recipe, streams, [lone_mesh()])
-    builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0)
-    gradients, norms = [], []
-    for step in range(num_steps):
-        for micro in schedule[step].micro_batches:
-            batch = builder.build(micro, step=step)
-            tokens = patchify(build.build_flow(recipe).noise(batch, step=step), recipe.model.patch_size)
-            assert tokens.target is not None
-            error = predict(model, tokens, batch.condition, dtype) - tokens.target
-            (error.square().flatten(1).mean(1).sum() / recipe.data.global_batch).backward()
-        gradients.append({name: p.grad.numpy().copy() for name, p in names.items() if p.grad is not None})
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)))
-        adam.step()
-        adam.zero_grad()
-    states = {"model": {name: p.detach().numpy() for name, p in names.items()}}
-    states |= {state: {name: adam.state[p][state].numpy() for name, p in names.items()} for state in MOMENTS}
-    return engine_ranks.Updates(gradients, states, norms, {})
-
-
-def assert_same(got: engine_ranks.Updates, expected: engine_ranks.Updates, tolerance: float) -> None:
-    assert got.norms == pytest.approx(expected.norms, rel=tolerance)
-    pairs = [*zip(got.gradients, expected.gradients, strict=True)]
-    pairs += [(got.states[state], expected.states[state]) for state in expected.states]
-    for ours, theirs in pairs:
-        assert ours.keys() == theirs.keys()
-        errors = {name: np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max() for name in theirs}
-        worst = max(errors, key=errors.__getitem__)
-        assert errors[worst] < tolerance, (worst, errors[worst])
 
 
 @pytest.fixture(scope="module")

@@ -21,23 +21,29 @@ MODEL = [
     "data.micro_batch=1",
     "mesh.dp=auto",
 ]
-CELLS = [("deepspeed", stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16")] + [
-    ("fsdp2", stage, dtype) for stage in (2, 3) for dtype in ("float32", "bfloat16", "float64")
+CELLS = [("deepspeed", stage, dtype, "") for stage in (1, 2, 3) for dtype in ("float32", "bfloat16")] + [
+    ("fsdp2", stage, dtype, "") for stage in (2, 3) for dtype in ("float32", "bfloat16", "float64")
 ]
+# A third is trained.
+CELLS += [("deepspeed", stage, "bfloat16", "'*.ffn.*'") for stage in (1, 3)] + [("fsdp2", 3, "bfloat16", "'*.ffn.*'")]
 
 
-@pytest.mark.parametrize(("engine", "stage", "dtype"), CELLS, ids=str)
+@pytest.mark.parametrize(("engine", "stage", "dtype", "trainable"), CELLS, ids=str)
 def test_a_rank_holds_what_the_formula_says(
-    tmp_path: Path, tiny_shards: Path, engine: str, stage: int, dtype: str
+    tmp_path: Path, tiny_shards: Path, engine: str, stage: int, dtype: str, trainable: str
 ) -> None:
     words = [*MODEL, f"zero.engine={engine}", f"zero.stage={stage}", f"precision.parameters={dtype}"]
+    words += [f"train.trainable=[{trainable}]"]
     recipe_path = write_recipe(tmp_path, tiny_shards, words)
     recipe = load_recipe(recipe_path, [])
     for held in run_ranks(engine_ranks.held_bytes, 2, recipe_path, []):
-        said = state_bytes(held.num_parameters, 2, zero=recipe.zero, precision=recipe.precision)
+        frozen = held.num_frozen
+        said = state_bytes(held.num_parameters, 2, zero=recipe.zero, precision=recipe.precision, num_frozen=frozen)
+        assert (frozen > 100_000) == bool(trainable)
         assert held.masters == pytest.approx(said.masters, rel=5e-3)
         assert held.moments == pytest.approx(said.moments, rel=5e-3)
-        assert held.parameters == pytest.approx(said.parameters or said.masters, rel=5e-3)
+        parameters = said.parameters + said.masters * (engine == "fsdp2")  # which are its master weights
+        assert held.parameters == pytest.approx(parameters, rel=5e-3)
         assert held.total == pytest.approx(said.total, rel=5e-3)
         assert held.after <= held.total, "a step leaves nothing behind"
 

@@ -1,19 +1,17 @@
 """Resume is the uninterrupted run: SIGKILL of all ranks, bit for bit, in every ZeRO stage and precision."""
 
-import hashlib
 import json
 import signal
 from pathlib import Path
 
 import pytest
 import ranks
-import torch
-import torch.distributed.checkpoint as dcp
+from plain_dcp import digests, folder_of
 from pool import RanksFailed, run_ranks, run_until_killed
 from tiny import write_latents, write_recipe
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from framework.checkpoint.commit import valid_checkpoints
+from framework.checkpoint.find import list_checkpoints
+from framework.storage.directory import Directory
 
 # 3 samples for 2 ranks: one slot of every step is empty.
 WORDS = ["mesh.dp=2", "data.global_batch=3", "ema.decay=0.9", "optimizer.schedule=cosine", "optimizer.warmup=3"]
@@ -24,13 +22,9 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-def state_digests(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of every tensor, read by plain DCP in this process, without any of our planners."""
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    state = {key: torch.full(m.size, torch.nan) for key, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    assert all(torch.isfinite(tensor).all() for tensor in state.values())
-    return {key: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for key, tensor in state.items()}
+def saved_steps(run: Path) -> list[int]:
+    entries, _ = list_checkpoints(Directory(str(run / "checkpoints")))
+    return [entry.step for entry in entries]
 
 
 def resume_after_kill(
@@ -47,10 +41,9 @@ def resume_after_kill(
     verdicts = run_ranks(ranks.train, num_ranks, broken, [])
     assert [v.step for v in verdicts] == [steps] * num_ranks
     assert losses(folder / "broken") == losses(folder / "whole")
-    final = f"checkpoints/step-{steps:08}"
-    expected = state_digests(folder / "whole" / final)
+    expected = digests(folder_of(folder / "whole", steps))
     assert {key.split(".")[0] for key in expected} == {"model", "exp_avg", "exp_avg_sq", "ema"}
-    assert state_digests(folder / "broken" / final) == expected
+    assert digests(folder_of(folder / "broken", steps)) == expected
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -92,13 +85,12 @@ def test_a_kill_during_a_save(tmp_path: Path, tiny_shards: Path, place: str, dyi
     run_ranks(ranks.train, 2, whole, [])
     exits = run_until_killed(ranks.train, 2, broken, [], ranks.Death(4, place))
     assert exits.count(-signal.SIGKILL) == dying
-    assert [found.manifest.progress.step for found in valid_checkpoints(tmp_path / "broken/checkpoints")] == [2]
+    assert saved_steps(tmp_path / "broken") == [2]
     run_ranks(ranks.train, 2, broken, [])
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    final = "checkpoints/step-00000008"
-    assert state_digests(tmp_path / "broken" / final) == state_digests(tmp_path / "whole" / final)
-    kept = valid_checkpoints(tmp_path / "broken/checkpoints")
-    assert [found.manifest.progress.step for found in kept] == [4, 6, 8], "the newest three"
+    assert digests(folder_of(tmp_path / "broken", 8)) == digests(folder_of(tmp_path / "whole", 8))
+    assert saved_steps(tmp_path / "broken") == [4, 6, 8], "the newest three"
+    assert len(list((tmp_path / "broken/checkpoints").glob("step-*"))) == 3, "what was never finished is gone"
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "bfloat16"), (2, "float32"), (3, "float32")])
@@ -122,8 +114,7 @@ def test_skipped_updates_resume_and_are_told(tmp_path: Path, stage: int, precisi
     resumed = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     by_step = {line["step"]: (line["loss"], line["grad_norm"]) for line in resumed}
     assert all(by_step[line["step"]] == (line["loss"], line["grad_norm"]) for line in lines if line["step"] in good)
-    final = "checkpoints/step-00000008"
-    assert state_digests(tmp_path / "broken" / final) == state_digests(tmp_path / "whole" / final)
+    assert digests(folder_of(tmp_path / "broken", 8)) == digests(folder_of(tmp_path / "whole", 8))
 
 
 def test_too_many_skipped_updates_end_the_run(tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ def mesh(ring: int, ulysses: int, tp: int) -> list[str]:
     return [f"mesh.ring={ring}", f"mesh.ulysses={ulysses}", f"mesh.tp={tp}"]
 
 
+LORA = ["lora.rank=3"]
+WIDE = [*LORA, "lora.targets=['*.attn?.*', '*.ffn.net.*', '*.text_embedder.*', proj_out]"]
+LAST_BLOCK = ["train.trainable=['blocks.1.*']"]
+SOME_KEYS = ["train.trainable=['blocks.0.attn2.to_k.*', 'proj_out.*']"]
 STAGE3_TWICE = ["zero.stage=3", "zero.reuse_distance=0", "zero.prefetch=0"]
 REAL = {  # ranks -> the meshes
     2: [
@@ -52,6 +56,11 @@ REAL = {  # ranks -> the meshes
         [*mesh(1, 2, 1), "zero.stage=1", "execution.recompute=all"],
         [*mesh(2, 1, 1), *STAGE3_TWICE, "execution.recompute=all"],
         [*mesh(1, 1, 2), "zero.engine=fsdp2", "zero.stage=3"],
+        [*mesh(1, 2, 1), *LORA, "zero.stage=1", "precision.parameters=bfloat16"],
+        [*mesh(1, 1, 1), *WIDE, *STAGE3_TWICE, "execution.recompute=all"],
+        [*mesh(2, 1, 1), *LAST_BLOCK, "zero.engine=fsdp2", "zero.stage=3", "execution.recompute=keep_attention"],
+        [*mesh(1, 1, 1), *SOME_KEYS, *STAGE3_TWICE],
+        [*mesh(1, 2, 1), *SOME_KEYS, "zero.engine=fsdp2", "zero.stage=2", "execution.recompute=all"],
     ],
     3: [
         [*mesh(3, 1, 1), "zero.engine=fsdp2", "zero.stage=3", "execution.recompute=keep_attention"],
@@ -63,6 +72,9 @@ REAL = {  # ranks -> the meshes
         [*mesh(2, 1, 1), "zero.engine=fsdp2", "zero.stage=3", "zero.partition=2"],
         [*mesh(1, 2, 1), "zero.stage=3", TWO_BUCKETS],
         [*mesh(1, 1, 2), "zero.stage=1", "precision.parameters=bfloat16", "data.global_batch=5"],
+        [*mesh(1, 1, 2), *WIDE, "zero.stage=2", "execution.recompute=all"],
+        [*mesh(2, 1, 2), *LAST_BLOCK, "zero.engine=fsdp2", "zero.stage=3"],
+        [*mesh(1, 2, 2), *SOME_KEYS, "zero.stage=2", "execution.recompute=all"],
     ],
     8: [[*mesh(2, 2, 2), *STAGE3_TWICE]],
 }
@@ -70,7 +82,7 @@ REAL = {  # ranks -> the meshes
 
 @pytest.mark.parametrize("num_ranks", REAL)
 def test_what_is_sent_is_what_the_formulas_say(recipe: Path, num_ranks: int) -> None:
-    assert sum(len(cells) for cells in REAL.values()) == 12
+    assert sum(len(cells) for cells in REAL.values()) == 20
     for rank, comparisons in enumerate(run_ranks(traffic_ranks.real, num_ranks, recipe, REAL[num_ranks])):
         for words, comparison in zip(REAL[num_ranks], comparisons, strict=True):
             assert comparison.mistakes() == {}, (rank, words)

@@ -26,6 +26,11 @@ WORDS = {
     "hybrid": [*FSDP2, "zero.stage=3", "zero.partition=2"],
     "offload": ["zero.stage=2", "zero.offload=optimizer"],
 }
+PARTIAL = {
+    "all": [],
+    "lora": ["lora.rank=3", "lora.alpha=5", "lora.targets=['*.attn?.to_*', '*.ffn.net.*', '*.text_embedder.*']"],
+    "patterns": ["train.trainable=['blocks.1.attn1.*', '*.norm2.*', proj_out.bias]"],
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Cell:
     micro: int = 2
     recompute: str = "none"
     steps: int = 0
+    partial: str = "all"
 
     @property
     def world_size(self) -> int:
@@ -66,12 +72,15 @@ class Cell:
             f"data.global_batch={self.batch}",
             f"data.micro_batch={self.micro}",
             f"execution.recompute={self.recompute}",
+            *PARTIAL[self.partial],
         ]
 
     def __str__(self) -> str:
         dp, ring, ulysses, tp = self.mesh
         words = [f"dp{dp}r{ring}u{ulysses}tp{tp}", self.engine, self.data, f"batch{self.batch}x{self.micro}"]
-        return "-".join([*words, self.recompute, f"steps{self.steps}"])
+        return "-".join(
+            [*words, self.recompute, f"steps{self.steps}", *([] if self.partial == "all" else [self.partial])]
+        )
 
 
 MESHES = [
@@ -121,13 +130,17 @@ def cells() -> list[Cell]:
         for mesh in [(2, 2, 1, 1), (2, 1, 1, 2), (1, 1, 2, 2)]
         for engine in ("fsdp2-2", "hybrid", "offload")
     ]
+    for number, mesh in enumerate([(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)]):
+        engines = ENGINES if mesh[0] == 2 else (ENGINES[number], ENGINES[(number + 2) % 4])
+        made += [Cell(mesh, engine, steps=2, partial="lora") for engine in engines]
+        made.append(Cell(mesh, ENGINES[(number + 1) % 4], steps=2, partial="patterns"))
     return made
 
 
 def alone(cell: Cell) -> Cell:
     """The same computation on one rank."""
     tokens = "+".join(bucket.partition(":")[0] for bucket in cell.data.split("+"))
-    return Cell((1, 1, 1, 1), "stage=2", tokens, cell.batch, 4, steps=cell.steps)
+    return Cell((1, 1, 1, 1), "stage=2", tokens, cell.batch, 4, steps=cell.steps, partial=cell.partial)
 
 
 CELLS = cells()

@@ -2,8 +2,8 @@
 
 Mesh axes meet token counts that divide, that don't, that are prime and that leave ranks with padding only; heads that
 Ulysses doesn't divide (6 over 4 and 5, 3 over 2); a feed-forward width that tp doesn't divide (50 over 3 and 4);
-recompute; accumulation; empty slots; buckets with their own degrees; image-to-video. The engine half is in
-test_engine_matrix.py. At the end, mistakes put in on purpose: each must be seen.
+recompute; accumulation; empty slots; buckets with their own degrees; image-to-video; adapters and frozen
+weights. The engine half is in test_engine_matrix.py. At the end, mistakes put in on purpose: each must be seen.
 """
 
 import itertools
@@ -53,6 +53,13 @@ def model_cells() -> list[Cell]:
         ((2, 2, 1, 2), (4, 1)),
     ]:
         made += [Cell(MeshShape(*mesh), latent, split=split, samples=3) for latent in LATENTS[:2]]
+    for number, mesh in enumerate([(1, 1, 1, 2), (1, 1, 1, 3), (1, 1, 2, 1), (1, 2, 1, 1), (2, 1, 1, 1), (1, 2, 1, 2)]):
+        recompute = RECOMPUTE[number % 3]
+        axes = MeshShape(*mesh)
+        made.append(Cell(axes, LATENTS[number % 3], recompute=recompute, image=number % 2 == 0, adapted=True))  # type: ignore[arg-type]
+    for trainable in (("blocks.1.*",), ("*.to_k.weight", "*.norm_q.*")):
+        made.append(Cell(MeshShape(1, 2, 1, 2), trainable=trainable))
+        made.append(Cell(MeshShape(1, 1, 1, 2), adapted=True, trainable=trainable, recompute="all"))
     return made
 
 
@@ -97,6 +104,9 @@ MUTANTS = {
     "own_lse_in_the_merge": Cell(MeshShape(1, 2, 1, 1)),
     "heads_in_another_order": Cell(MeshShape(1, 1, 2, 1)),
     "bias_on_every_rank": Cell(MeshShape(1, 1, 1, 2)),
+    "column_adapter_not_summed": Cell(MeshShape(1, 1, 1, 2), adapted=True),
+    "row_adapter_counted_twice": Cell(MeshShape(1, 1, 1, 2), adapted=True),
+    "frozen_weights_are_trained": Cell(MeshShape(1, 1, 1, 2), trainable=("*.bias",)),
 }
 
 

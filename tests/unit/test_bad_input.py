@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from stores import save_steps
 from tiny import write_latents
 
-from framework.checkpoint.commit import Progress, commit
 from framework.recipe import load_recipe, resolve_auto
-from framework.run import Run, claim_attempt, store_recipe
+from framework.run import Run, open_attempt, store_recipe
 from framework.shapes import ClipShape
 
 RANK = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -140,7 +140,8 @@ def store_run(recipe_path: Path) -> Path:
     """A run as it lies there after the start of its first attempt."""
     recipe = resolve_auto(load_recipe(recipe_path, []))
     path = Path(recipe.run)
-    store_recipe(Run(path, claim_attempt(path)), recipe, (), dp=1)
+    assert open_attempt(path, 0)
+    store_recipe(Run(path, 0), recipe, (), dp=1)
     return path
 
 
@@ -152,17 +153,29 @@ def test_a_stored_run_of_another_model(tiny_recipe: Path, tmp_path: Path) -> Non
     assert "train.steps=1 is below the run's 4" in message
 
 
-def test_another_stage_or_mesh_than_the_checkpoints(tiny_recipe: Path, tmp_path: Path) -> None:
-    run = store_run(tiny_recipe)
-    checkpoint = run / "checkpoints" / "step-00000002"
-    checkpoint.mkdir(parents=True)
-    mesh = {"dp": 1, "ring": 1, "ulysses": 1, "tp": 1}
-    commit(checkpoint, progress=Progress(step=2), mesh=mesh, zero_stage=2, attempt=0)
-    stored = (run / "recipe.yaml").read_text()
-    for word, fix in (("zero.stage=3", "zero.stage=2"), ("mesh.dp=2", "mesh.dp=1")):
-        message = refused("train", str(tiny_recipe), word, folder=tmp_path)
-        assert "isn't there yet" in message and f"resume with {fix}" in message
-        assert (run / "recipe.yaml").read_text() == stored
+def test_a_damaged_checkpoint_is_refused_before_a_rank_starts(tiny_recipe: Path, tmp_path: Path) -> None:
+    checkpoints = store_run(tiny_recipe) / "checkpoints"
+    save_steps(checkpoints, [1, 2])
+    (checkpoints / "step-00000002-0000/model-00000.distcp").unlink()
+    message = refused("train", str(tiny_recipe), folder=tmp_path)
+    assert "step-00000002-0000/model-00000.distcp is missing" in message
+    assert "resume.fall_back=true goes on from the one before it, of step 1" in message
+
+
+def test_places_where_checkpoints_cannot_go(tiny_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for word, part in (
+        ("store=file", "file is a file"),
+        ("store=gs://b/x", "s3://"),
+        ("local=s3://b/x", "of the node"),
+    ):
+        assert part in refused("train", str(tiny_recipe), f"checkpoint.{word}", folder=tmp_path)
+
+
+def test_another_store_than_the_run_s(tiny_recipe: Path, tmp_path: Path) -> None:
+    store_run(tiny_recipe)
+    message = refused("train", str(tiny_recipe), "checkpoint.store=elsewhere", folder=tmp_path)
+    assert "checkpoint.store=elsewhere differs from" in message
 
 
 def test_sampling_from_what_is_no_run(tmp_path: Path) -> None:

@@ -287,3 +287,32 @@ def test_committed_recipes_load(path: Path) -> None:
         assert complete(tree), "a recipe at the top can be run; bases live in models/ and data/"
         assert load_recipe(path, []).run
         assert f"cuboid train recipes/{path.name}" in path.read_text(), "the header states its command"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train.trainable=['blocks.9.*']"], r"train.trainable: 'blocks.9.\*' matches no parameter.*blocks.0.ffn"),
+        (["train.trainable=['*lora_A*']"], r"train.trainable: '\*lora_A\*' matches no parameter"),
+        (["lora.rank=4", "lora.targets=['*.to_z']"], r"lora.targets: '\*.to_z' matches nothing of the model"),
+        (
+            ["lora.rank=4", "lora.targets=[patch_embedding]"],
+            r"'patch_embedding' matches only patch_embedding, which is no",
+        ),
+        (["lora.rank=4", "lora.targets=['*.norm_q']"], r"only blocks.0.attn1.norm_q, which is no linear"),
+        (["lora.rank=4", "lora.targets=[]"], r"lora.targets is empty, so lora.rank=4"),
+        (["lora.alpha=8"], r"lora.alpha=8.0 without adapters: set lora.rank"),
+        (["lora.rank=4", "lora.alpha=0"], r"lora.alpha=0.0 must be above 0"),
+        (["lora.rank=-1"], r"lora.rank=-1 must be at least 0"),
+    ],
+)
+def test_patterns_of_what_is_trained_are_checked(words: list[str], told: str) -> None:
+    assert re.search(told, refused(*words))
+
+
+def test_adapters_default_to_attention() -> None:
+    recipe = load("lora.rank=4", "lora.alpha=8")
+    assert recipe.lora.scale == 2 and load("lora.rank=4").lora.scale == 1
+    assert [name for name in ("to_q", "to_k", "to_v", "to_out.0") if recipe.lora.adapts(f"blocks.1.attn2.{name}")] != []
+    assert not recipe.lora.adapts("blocks.0.ffn.net.2") and not load().lora.adapts("blocks.0.attn1.to_q")
+    assert load("lora.rank=4", "train.trainable=['*.lora_A.*', '*norm*']").train.trainable

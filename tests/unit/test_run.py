@@ -11,20 +11,22 @@ import pytest
 from tiny import write_recipe
 
 from framework import run as run_module
+from framework.checkpoint.fence import claim
 from framework.recipe import Recipe, load_recipe, resolve_auto
 from framework.run import (
     Resolved,
     Run,
     Verdict,
     check_changes,
-    claim_attempt,
     is_run,
     latest_attempt,
+    open_attempt,
     recipe_of_run,
     resolve_invocation,
     store_recipe,
     write_atomically,
 )
+from framework.storage.directory import Directory
 
 
 @pytest.fixture
@@ -38,13 +40,15 @@ def start(recipe_path: Path, overrides: list[str]) -> Resolved:
     invocation = resolve_invocation(recipe_path, overrides)
     recipe = resolve_auto(invocation.recipe)
     path = Path(recipe.run)
-    store_recipe(Run(path, claim_attempt(path)), recipe, invocation.overrides, dp=1)
+    number = latest_attempt(path) + 1
+    assert open_attempt(path, number)
+    store_recipe(Run(path, number), recipe, invocation.overrides, dp=1)
     return invocation
 
 
 def claim_many(path: Path, barrier: Barrier, claimed: Path) -> None:
     barrier.wait()
-    numbers = [claim_attempt(path) for _ in range(5)]
+    numbers = [claim(Directory(str(path / "checkpoints")), first=0).attempt for _ in range(5)]
     (claimed / str(os.getpid())).write_text(json.dumps(numbers))
 
 
@@ -60,17 +64,13 @@ def test_an_attempt_is_claimed_by_one_process_only(tmp_path: Path) -> None:
     assert [process.exitcode for process in processes] == [0] * 8
     numbers = sorted(number for file in claimed.iterdir() for number in json.loads(file.read_text()))
     assert numbers == list(range(40))
-    assert latest_attempt(tmp_path / "run") == 39
-    assert all((tmp_path / "run" / "attempts" / f"{number:04}" / "logs").is_dir() for number in numbers)
 
 
-def test_an_older_attempt_loses_the_fence(tmp_path: Path) -> None:
+def test_an_attempt_has_a_directory(tmp_path: Path) -> None:
     assert latest_attempt(tmp_path) == -1
-    first = Run(tmp_path, claim_attempt(tmp_path))
-    assert first.attempt == 0 and first.holds_fence()
-    second = Run(tmp_path, claim_attempt(tmp_path))
-    assert second.attempt == 1 and second.holds_fence() and not first.holds_fence()
-    assert second.attempt_path == tmp_path / "attempts" / "0001"
+    assert open_attempt(tmp_path, 0) and open_attempt(tmp_path, 1) and not open_attempt(tmp_path, 1)
+    second = Run(tmp_path, 1)
+    assert second.attempt_path == tmp_path / "attempts" / "0001" and (second.attempt_path / "logs").is_dir()
     second.write_verdict(Verdict("stopped", 7, 15))
     assert json.loads((second.attempt_path / "verdict.json").read_text()) == {
         "outcome": "stopped",
@@ -83,7 +83,7 @@ def test_attempts_are_counted_as_numbers(tmp_path: Path) -> None:
     """After 9999 names grow longer; what isn't a number is no attempt."""
     for name in ("9999", "10000", "notes"):
         (tmp_path / "attempts" / name).mkdir(parents=True)
-    assert claim_attempt(tmp_path) == 10001
+    assert latest_attempt(tmp_path) == 10000
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +160,8 @@ def test_free_keys_may_change(recipe_path: Path, stored: Recipe, word: str) -> N
         ("loss.weight=per_token", "loss.weight"),
         ("text.dropout=0.2", "text.dropout"),
         ("precision.parameters=bfloat16", "precision.parameters"),
+        ("train.trainable=['*norm*']", "train.trainable"),
+        ("lora.rank=4", "lora.rank"),
         ("tokenizer.dct.scale=2", "tokenizer.dct.scale"),
     ],
 )
@@ -177,7 +179,21 @@ def test_keys_of_the_result_are_refused_by_name_unless_allowed(
 def test_every_leaf_is_free_or_refused_on_purpose(stored: Recipe) -> None:
     """A new section of the recipe has to be put on one side: it shows here."""
     free = {pattern.split(".")[0] for pattern in run_module.FREE}
-    refused = {"seed", "precision", "model", "tokenizer", "text", "data", "flow", "loss", "optimizer", "ema"}
+    refused = {
+        "init_from",
+        "init_weights",
+        "seed",
+        "precision",
+        "model",
+        "lora",
+        "tokenizer",
+        "text",
+        "data",
+        "flow",
+        "loss",
+        "optimizer",
+        "ema",
+    }
     assert free | refused == set(stored.__dataclass_fields__) and free & refused == {"data"}
 
 

@@ -14,6 +14,7 @@ from syntax import MODULES, REPOSITORY, ROOT, TREES, chain, functions, imported
 ROWS: Final = (
     ("shapes", "keys"),  # nouns of integers, which configs name in their signatures
     ("*.config", "layers", "environment", "storage", "log"),
+    ("plan.parameters",),  # which a recipe's patterns name
     ("recipe", "parallel.mesh", "parallel.fragments", "kernels"),
     (
         "run",
@@ -79,10 +80,10 @@ def test_every_file_has_an_entry() -> None:
 
 def test_entries_are_found_by_the_longest_match() -> None:
     assert entry_of("parallel.zero.config") == (1, "*.config")
-    assert entry_of("parallel.zero.deepspeed") == (5, "parallel.zero")
-    assert entry_of("parallel.mesh") == (2, "parallel.mesh")
-    assert entry_of("data.shards") == (4, "data")
-    assert entry_of("cli") == (8, "cli")
+    assert entry_of("parallel.zero.deepspeed") == (6, "parallel.zero")
+    assert entry_of("parallel.mesh") == (3, "parallel.mesh")
+    assert entry_of("data.shards") == (5, "data")
+    assert entry_of("cli") == (9, "cli")
     assert entry_of("parallel.helpers") is None
     assert entry_of("runner") is None
 

@@ -26,7 +26,7 @@ from framework.checkpoint.read import CheckpointReader
 from framework.launch.local import GRACE_SECONDS, free_port
 from framework.storage.storage import open_storage
 
-SAVED: Final = re.compile(r"saved step-(\d+)-(\d+): .* written in ([\d.]+) s")
+SAVED: Final = re.compile(r"saved step-(\d+)-(\d+)\b.* written in ([\d.]+) s")
 PATIENCE = 60.0  # seconds until something must have happened
 Moment = Literal["no save", "nothing", "some files", "all files, no manifest", "committed"]
 
@@ -73,8 +73,13 @@ class Attempt:
 
     def saved(self) -> list[tuple[Entry, float]]:
         """The checkpoints that rank 0 has reported as saved, and their seconds."""
-        matches = (SAVED.fullmatch(text) for text in self.values("report"))
-        return [((int(m[1]), int(m[2])), float(m[3])) for m in matches if m]
+        found = []
+        for text in self.values("report"):
+            if text.startswith("saved "):
+                match = SAVED.fullmatch(text)
+                assert match is not None, f"{text!r} isn't understood"
+                found.append(((int(match[1]), int(match[2])), float(match[3])))
+        return found
 
     def failures(self) -> list[str]:
         """Why ranks failed."""

@@ -9,13 +9,18 @@ that a round trip through `fragments` is exact. What DeepSpeed is told, and why:
 * Gradient accumulation is ours: `gradient_accumulation_steps` is 1, the boundary is set before each backward, and the
   number of micro-batches may differ from step to step.
 * Gradients accumulate and travel in float32 also when parameters are bfloat16 (stage 1 is then its BF16_Optimizer).
+* The optimizer gets what is trained alone. Frozen weights have no master: they are what forward and backward see, in
+  the model's dtype; whole on every rank in stages 1 and 2, where each is owned by one rank of the zero group, and a
+  range in stage 3.
 * `use_multi_rank_bucket_allreduce: false`: by default stages 1 and 2 all-reduce every bucket, twice the bytes needed.
 """
 
+import heapq
 import io
 import logging
+import math
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import deepspeed
 import torch
@@ -76,6 +81,14 @@ class Piece:
     num_elements: int
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """A weight that isn't trained."""
+
+    shard: ParameterShard
+    parameter: nn.Parameter
+
+
 class DeepSpeedEngine:
     """`Engine` by DeepSpeed."""
 
@@ -85,14 +98,23 @@ class DeepSpeedEngine:
         self._zero = zero
         self._dtype: torch.dtype = next(engine.module.parameters()).dtype
         self._pieces: list[Piece] = []
+        self._frozen: list[Frozen] = []
 
     def locate(self, shards: list[ParameterShard]) -> None:
         """Find where every shard's range lies. Called once, after construction."""
         by_name = {shard.name: shard for shard in shards}
         stage3 = self._engine.zero_optimization_stage() == 3
         find = self._find_stage3 if stage3 else self._find_stage12
-        found = (find(parameter, by_name[name]) for name, parameter in self._engine.module.named_parameters())
+        parameters = list(self._engine.module.named_parameters())
+        found = (find(parameter, by_name[name]) for name, parameter in parameters if parameter.requires_grad)
         self._pieces = [piece for piece in found if piece is not None]
+        frozen = [Frozen(by_name[name], parameter) for name, parameter in parameters if not parameter.requires_grad]
+        if not stage3:
+            owners = deal([math.prod(each.shard.shape) for each in frozen], self._zero.size)
+            here = [owner == self._zero.index for owner in owners]
+            pairs = zip(frozen, here, strict=True)
+            frozen = [Frozen(replace(f.shard, owner=f.shard.owner and own), f.parameter) for f, own in pairs]
+        self._frozen = frozen
 
     def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
         return predict(self._engine, tokens, condition, self._dtype)
@@ -116,7 +138,17 @@ class DeepSpeedEngine:
             for state, flat in states.items():
                 view = flat.detach().narrow(0, piece.offset, piece.num_elements)
                 made.append(Fragment(state, piece.shard, piece.start, view))
-        return made
+        return made + [fragment for each in self._frozen if (fragment := self._frozen_fragment(each)) is not None]
+
+    def _frozen_fragment(self, frozen: Frozen) -> Fragment | None:
+        """What this rank holds of a frozen weight."""
+        parameter = frozen.parameter
+        if self._engine.zero_optimization_stage() < 3:
+            return Fragment("model", frozen.shard, 0, parameter.detach().view(-1))
+        held: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        start = self._zero.index * held.numel()
+        num_elements = max(0, min(held.numel(), parameter.ds_numel - start))  # type: ignore[attr-defined]
+        return Fragment("model", frozen.shard, start, held.detach()[:num_elements]) if num_elements else None
 
     def refresh(self, *, updates: int | None = None) -> None:
         if updates is not None:
@@ -228,12 +260,21 @@ def build_deepspeed(
                 config_dict_or_path=config,
                 mpu=groups,
             )
-    torch_optimizer = adamw(list(model.named_parameters()), optimizer)
+    torch_optimizer = adamw([(name, p) for name, p in model.named_parameters() if p.requires_grad], optimizer)
     with redirect_stdout(io.StringIO()):  # its BF16_Optimizer prints reports of memory, whatever the level of its log
         engine, _, _, _ = deepspeed.initialize(model=model, optimizer=torch_optimizer, config=config, mpu=groups)
     built = DeepSpeedEngine(engine, torch_optimizer, mesh.zero)
     built.locate(shards)
     return built
+
+
+def deal(sizes: list[int], num_ranks: int) -> list[int]:
+    """Whose each of some tensors is: the largest first, each to the rank that has least."""
+    loads, owners = [(0, rank) for rank in range(num_ranks)], [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        load, owners[index] = heapq.heappop(loads)
+        heapq.heappush(loads, (load + sizes[index], owners[index]))
+    return owners
 
 
 def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -40,7 +40,9 @@ class Engine(Protocol):
         ...
 
     def fragments(self) -> list[Fragment]:
-        """Live views of the master weights and the two moments, as far as this rank holds them."""
+        """Live views of the master weights and the two moments, as far as this rank holds them, and of the frozen
+        weights in the dtype that they are held in, which have no moments (`shard.trainable`).
+        """
         ...
 
     def refresh(self, *, updates: int | None = None) -> None:

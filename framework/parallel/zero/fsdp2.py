@@ -11,6 +11,8 @@ gathered in its computing dtype just before it runs, and what is in no block aro
   after the step's last micro-batch (hybrid sharding).
 * The gradient is the mean over all N ranks, as DeepSpeed's. Its norm is the root of the sum of squares over the
   partition group; over tp, parameters marked `tensor_model_parallel` are summed and replicated ones counted once.
+* Frozen weights are partitioned and gathered like the others. They have no gradient, no moments, and no part in the
+  optimizer.
 * The precision table is kept by grouping: in a block, modules whose row differs from the block's are gathered and
   reduced apart from it. A linear that computes in another dtype than the model's default casts its input, and its
   output back; norms and time embedding do their own upcast (`upcasts`, models/layers.py). So attention, modulation and
@@ -225,16 +227,21 @@ def partition_unit(
         return
     own = rows.get(unit) or elements.most_common(1)[0][0]
     apart: defaultdict[Precision, list[nn.Module]] = defaultdict(list)
+    covered: set[nn.Module] = set()  # below a module that is gathered apart, and with it: adapters
     for module, row in rows.items():
+        if module in covered:
+            continue
         if row.compute != default.compute and module is not unit and not getattr(module, "upcasts", False):
             cast_around(module, getattr(torch, row.compute), getattr(torch, default.compute))
         if row != own:
-            if any(True for child in module.children() for _ in child.parameters()):
+            below = [inner for inner in module.modules() if inner is not module and inner in rows]
+            if any(rows[inner] != row for inner in below):
                 raise ValueError(
                     f"precision.table: {prefix}.{module_name(unit, module)} has parameters of its own in {row} and "
                     f"others below it; give all of it one row, or its own parameters the row {own}"
                 )
             apart[row].append(module)
+            covered.update(below)
     for row, modules in [*apart.items(), (own, [unit])]:
         compute, reduce = getattr(torch, row.compute), getattr(torch, row.reduce)
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)

@@ -213,7 +213,9 @@ def test_what_leads_to_a_file_is_durable_too(tmp_path: Path, monkeypatch: pytest
     assert {str(tmp_path / name) for name in ("", "a", "a/b", "a/b/c")} <= set(flushed)
 
 
-def test_what_cannot_be_deleted_is_told_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_deleted_is_told_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The checkpoint is saved: written anew it wouldn't help, and the run needn't stop."""
     run = Run(tmp_path, keep=1)
 
@@ -223,9 +225,15 @@ def test_what_cannot_be_deleted_is_told_and_stops_nothing(tmp_path: Path, monkey
 
     with before_each_change(monkeypatch, fixed):
         run.save(3)
-    told = run.saver.report()
-    assert sum("couldn't be deleted: Operation not permitted" in line for line in told) == 2
-    assert not [line for line in told if "trying again" in line]
+    assert capfd.readouterr().err.count("should go but can't be deleted: Operation not permitted") == 2
+    assert not [line for line in run.saver.report() if "trying again" in line]
     assert check(tmp_path) == 3
     run.save(1)
     assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000004-0000"]
+
+
+def test_two_claims_are_never_the_same_bytes(tmp_path: Path) -> None:
+    """A store that tries a conditional write again tells its own from another's by what is in it."""
+    storage = Directory(str(tmp_path))
+    claims = [storage.read(f"fence/{claim(storage, first=0).attempt:04}.json") for _ in range(2)]
+    assert claims[0] != claims[1]

@@ -5,14 +5,14 @@ random weights matters to the second: softmax ignores what all keys share, so th
 nearly cancels. With tables of 0.5 instead of 0.1 both libraries are 2.7e-5 from a float64 run and 8e-6 from each other.
 """
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from einops import rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
+from wan_cases import BATCH, CASES, Case, randomise, worst
 
 from framework.kernels.attention import build_attention
 from framework.kernels.config import AttentionConfig
@@ -20,66 +20,6 @@ from framework.models.config import ModelConfig
 from framework.models.dit import DiT
 from framework.models.patchify import frame_index, patchify_input, token_positions, unpatchify_output
 from framework.models.weights import load_diffusers
-from framework.shapes import LatentShape
-
-
-@dataclass(frozen=True)
-class Case:
-    config: ModelConfig
-    latent: LatentShape
-    text_length: int
-    image_tokens: int = 0
-
-
-def _config(heads: int, head_dim: int, layers: int, **changed: object) -> ModelConfig:
-    width = heads * head_dim
-    values = {
-        "num_attention_heads": heads,
-        "attention_head_dim": head_dim,
-        "num_layers": layers,
-        "in_channels": 4,
-        "out_channels": 4,
-        "text_dim": 20,
-        "freq_dim": 32,
-        "ffn_dim": 3 * width + 2,
-    }
-    return ModelConfig(**(values | changed))
-
-
-# diffusers takes the last 512 tokens of an image-to-video model's context as its text, so there the text has 512.
-CASES = {
-    "tiny": Case(_config(2, 12, 2), LatentShape(3, 10, 14), text_length=7),
-    "small": Case(
-        _config(3, 32, 3, patch_size=(2, 1, 3), cross_attn_norm=False, freq_dim=256, eps=1e-5),
-        LatentShape(10, 3, 21),
-        text_length=13,
-    ),
-    "medium": Case(_config(4, 64, 3, in_channels=16, out_channels=16, freq_dim=256), LatentShape(5, 10, 14), 33),
-    "image": Case(
-        _config(2, 20, 2, in_channels=9, image_dim=24, added_kv_proj_dim=40), LatentShape(3, 6, 10), 512, image_tokens=5
-    ),
-    "first_and_last": Case(
-        _config(3, 16, 2, in_channels=9, image_dim=24, added_kv_proj_dim=48, pos_embed_seq_len=10),
-        LatentShape(5, 6, 10),
-        text_length=512,
-        image_tokens=10,
-    ),
-}
-BATCH = 2
-
-
-def _randomise(model: nn.Module, generator: torch.Generator) -> None:
-    """Every parameter away from zero, and norms away from one, so that none of them can be left out unnoticed."""
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name.endswith(("scale_shift_table", "pos_embed")):
-                value.normal_(0.0, 0.1, generator=generator)
-            elif value.ndim >= 2:
-                value.normal_(0.0, math.prod(value.shape[1:]) ** -0.5, generator=generator)
-            elif name.endswith(".weight"):
-                value.normal_(1.0, 0.1, generator=generator)
-            else:
-                value.normal_(0.0, 0.05, generator=generator)
 
 
 def _reference(
@@ -89,15 +29,11 @@ def _reference(
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(**asdict(case.config))
-    _randomise(model, torch.Generator().manual_seed(1))
+    randomise(model, torch.Generator().manual_seed(1))
     model.save_pretrained(directory)
     output = model(**inputs, return_dict=False)[0]
     (output * weight_of_output).sum().backward()
     return output.detach(), {name: value.grad for name, value in model.named_parameters()}
-
-
-def _worst(ours: Tensor, reference: Tensor) -> float:
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
 @pytest.mark.parametrize("timesteps", ["equal", "unequal"])
@@ -137,12 +73,12 @@ def test_output_and_every_gradient_are_those_of_diffusers(name: str, timesteps: 
     output = unpatchify_output(patches, latent, patch_size)
     (output * output_weight).sum().backward()
 
-    assert _worst(output, expected) <= 2e-6
+    assert worst(output, expected) <= 2e-6
     gradients = {name: value.grad for name, value in model.named_parameters()}
     assert gradients.keys() == expected_gradients.keys()
-    errors = {key: _worst(gradients[key], expected_gradients[key]) for key in gradients}
+    errors = {key: worst(gradients[key], expected_gradients[key]) for key in gradients}
     assert {key: error for key, error in errors.items() if not error <= 5e-6} == {}
-    print(f"{name} {timesteps}: output {_worst(output, expected):.1e}, gradients {max(errors.values()):.1e}")
+    print(f"{name} {timesteps}: output {worst(output, expected):.1e}, gradients {max(errors.values()):.1e}")
 
 
 def test_weights_in_several_files_are_those_in_one(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from framework.kernels.reference import ReferenceAttention
-from framework.models.config import ExecutionConfig, ModelConfig
+from framework.models.config import ExecutionConfig, LoraConfig, ModelConfig
 from framework.models.dit import DiT
 from framework.models.parallelize import parallelize
 from framework.parallel.config import MeshShape
@@ -22,17 +22,29 @@ CONFIGS = {
 }
 
 
+LORA = LoraConfig(rank=4, targets=["*.to_?", "*.to_out.0", "*.ffn.net.*", "*.linear_?", "*.ff.net.2", "proj_out"])
+PARTIAL: dict[str, tuple[LoraConfig, tuple[str, ...]]] = {
+    "all": (LoraConfig(), ()),
+    "adapters": (LORA, ()),
+    "patterns": (LoraConfig(), ("blocks.1.*", "*norm*")),
+    "both": (LORA, ("*.bias",)),
+}
+
+
+@pytest.mark.parametrize("partial", PARTIAL)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("size", "index"), [(1, 0), (2, 1), (3, 0), (3, 2)])
-def test_they_are_the_models(name: str, size: int, index: int) -> None:
+def test_they_are_the_models(name: str, size: int, index: int, partial: str) -> None:
+    lora, trainable = PARTIAL[partial]
     tp = Group("tp", tuple(range(size)), index, None)
     mesh = replace(lone_mesh(), tp=tp, shape=MeshShape(1, 1, 1, size))
     with torch.device("meta"):
         model = DiT(CONFIGS[name], ReferenceAttention())
-    parallelize(model, mesh, ExecutionConfig())
-    held = {n: (tuple(p.shape), is_split(p)) for n, p in model.named_parameters()}
-    listed = parameter_shapes(CONFIGS[name], TensorParallel(size, index))
-    assert {p.name: (p.shape, p.split) for p in listed} == held
+    shards = parallelize(model, mesh, ExecutionConfig(), lora=lora, trainable=trainable)
+    held = {n: (tuple(p.shape), is_split(p), p.requires_grad) for n, p in model.named_parameters()}
+    listed = parameter_shapes(CONFIGS[name], TensorParallel(size, index), lora=lora, trainable=trainable)
+    assert {p.name: (p.shape, p.split, p.trained) for p in listed} == held
+    assert {s.name: (s.shape, s.trainable) for s in shards} == {n: (shape, t) for n, (shape, _, t) in held.items()}
     assert sum(p.num_elements for p in listed) == sum(p.numel() for p in model.parameters())
 
 
