@@ -12,6 +12,7 @@ one doesn't count.
 import json
 import re
 import socket
+import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -56,7 +57,9 @@ def latest_claim(names: dict[str, int]) -> int:
 def claim(storage: Storage, *, first: int) -> Fence:
     """Claim the store for the next attempt, numbered `first` or above."""
     number = max(first, latest_claim(storage.list("fence/")) + 1)
-    who = {"host": socket.gethostname(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    # The id makes it this claim's alone: a store whose answer was lost looks at what is there.
+    who = {"host": socket.gethostname(), "time": time, "id": uuid.uuid4().hex}
     while not storage.put_if_absent(f"fence/{number:04}.json", json.dumps(who).encode()):
         number += 1
     return Fence(storage, number)

@@ -35,5 +35,5 @@ class LocalCopies(Directory):
 
     def keep_only(self, folder: str) -> None:
         """Delete this rank's files of other checkpoints."""
-        mine = [name for name in self.list() if name.endswith(f"-{self._rank:05}.distcp")]
+        mine = [name for name in self.list() if f"-{self._rank:05}.distcp" in name]  # and what a killed one left
         self.delete(name for name in mine if entry_of(name) is not None and not name.startswith(f"{folder}/"))

@@ -65,7 +65,8 @@ def surplus(
 def retain(storage: Storage, config: CheckpointConfig, *, attempt: int) -> None:
     """Delete what needn't stay: of each its manifest first, so that no half is taken for a checkpoint.
 
-    Folders that older attempts began and never committed go too, and what they committed too late (fence.py).
+    Folders that were begun and never committed go too, older attempts' and its own, and what older ones committed too
+    late (fence.py). attempt: that has just committed, and writes nothing now.
     """
     names = storage.list()
     starts = read_starts(storage, names)
@@ -77,7 +78,7 @@ def retain(storage: Storage, config: CheckpointConfig, *, attempt: int) -> None:
     named = {entry for entry in entries if entry.folder in names_of(names)}
     sizes = {entry: sum(names[name] for name in by_folder[entry]) for entry in entries}
     going = surplus(entries, sizes, named, config)
-    left = [entry for entry in by_folder if entry not in entries and entry.attempt < attempt]
+    left = [entry for entry in by_folder if entry not in entries and entry.attempt <= attempt]
     for entry in (*going, *left):
         storage.delete([f"{entry.folder}/{MANIFEST}"])
         storage.delete(by_folder[entry])

@@ -172,7 +172,11 @@ class CheckpointWriter:
         self._fence.check()
         self._storage.put(f"{entry.folder}/{MANIFEST}", encode_manifest(manifest))
         try:
+            # A newer attempt that claims from now on finds this checkpoint, and needs no older one.
+            self._fence.check()
             retain(self._storage, self._config, attempt=self._fence.attempt)
+        except TakenOver:
+            raise
         except OSError as error:  # the checkpoint is there all the same
             log.error(f"older checkpoints in {self._storage.url} should go but can't be deleted: {cause(error)}")
 

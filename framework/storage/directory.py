@@ -16,31 +16,43 @@ PARTIAL = ".partial"
 
 
 class FileWriter:
-    """`Writer` of a file."""
+    """`Writer` of a file. It gets its name when it is whole, so that what had the name before is there until then."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        # No name that somebody looks for has a '~'; a listing shows what a killed process left, for it to be deleted.
+        self._file, partial = tempfile.mkstemp(suffix=PARTIAL, prefix=path.name + "~", dir=path.parent)
+        self.partial = Path(partial)
 
     def write(self, data: memoryview | bytes) -> None:
         rest = memoryview(data).cast("B")
         while rest:
             rest = rest[os.write(self._file, rest[:LARGEST_WRITE]) :]
 
+    def flush(self) -> None:
+        """Make it durable, still without its name."""
+        os.fchmod(self._file, 0o644)
+        os.fsync(self._file)
+        self._close_file()
+
     def close(self) -> None:
-        try:
-            os.fsync(self._file)
-        finally:
-            os.close(self._file)
+        self.flush()
+        self.partial.replace(self._path)
         flush_directory(self._path.parent)
 
     def abort(self) -> None:
         with suppress(OSError):
-            os.close(self._file)
-        self._path.unlink(missing_ok=True)
+            self._close_file()
+        self.partial.unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             self._path.parent.rmdir()
+
+    def _close_file(self) -> None:
+        """Once: another thread may have been given the same number since."""
+        if self._file >= 0:
+            file, self._file = self._file, -1
+            os.close(file)
 
 
 class Directory:
@@ -54,25 +66,25 @@ class Directory:
         return FileWriter(self._root / name)
 
     def put(self, name: str, data: bytes) -> None:
-        path = self._root / name
-        partial = self._write_aside(path, data)
+        writer = self.open_writer(name)
         try:
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
+            writer.write(data)
+            writer.close()
+        except BaseException:
+            writer.abort()
             raise
-        flush_directory(path.parent)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        path = self._root / name
-        partial = self._write_aside(path, data)
+        writer = self.open_writer(name)
         try:
-            os.link(partial, path)
+            writer.write(data)
+            writer.flush()
+            os.link(writer.partial, self._root / name)
         except FileExistsError:
             return False
         finally:
-            partial.unlink(missing_ok=True)
-        flush_directory(path.parent)
+            writer.abort()
+        flush_directory((self._root / name).parent)
         return True
 
     def read(self, name: str) -> bytes:
@@ -97,11 +109,11 @@ class Directory:
     def list(self, prefix: str = "") -> dict[str, int]:
         found: dict[str, int] = {}
         start = self._root / prefix.rpartition("/")[0]
-        for folder, _, files in os.walk(start):
+        for folder, _, files in os.walk(start, onerror=refuse):
             for file in files:
                 path = Path(folder) / file
                 name = path.relative_to(self._root).as_posix()
-                if name.startswith(prefix) and not file.endswith(PARTIAL):
+                if name.startswith(prefix):
                     with suppress(FileNotFoundError):  # deleted meanwhile
                         found[name] = path.stat().st_size
         return dict(sorted(found.items()))
@@ -128,19 +140,19 @@ class Directory:
                 f"{self.url}: this user may not write in {folder}; change its mode or name another directory"
             )
 
-    def _write_aside(self, path: Path, data: bytes) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file, name = tempfile.mkstemp(suffix=PARTIAL, prefix=path.name + ".", dir=path.parent)
-        try:
-            with os.fdopen(file, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(name, 0o644)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-            raise
-        return Path(name)
+
+def make_folder(path: Path) -> None:
+    """A directory and those above it, with durable entries."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        flush_directory(path.parent)
+
+
+def refuse(error: OSError) -> None:
+    """Raises: a directory that can't be read isn't an empty one. One that is gone is."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def flush_directory(path: Path) -> None:
