@@ -44,9 +44,6 @@ Sizes = tuple[int, ...]
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
-SYSTEM: Final[Mapping[str, Any]] = MappingProxyType(
-    {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-)
 STORAGES: Final[Mapping[torch.dtype, type]] = MappingProxyType(
     {
         torch.float32: torch.FloatStorage,
@@ -131,7 +128,8 @@ class TensorOfRecord:
 def file_head(value: object, keys: list[str]) -> bytes:
     """What stands before the storages of a file that `torch.load` reads. value: holds `TensorOfRecord`s."""
     stream = io.BytesIO()
-    for each in (MAGIC, PROTOCOL, dict(SYSTEM)):
+    system = {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    for each in (MAGIC, PROTOCOL, system):
         pickle.dump(each, stream, protocol=2)
     HeadPickler(stream, protocol=2).dump(value)
     pickle.dump(keys, stream, protocol=2)
