@@ -70,6 +70,16 @@ def open_place(place: str) -> Storage:
     return open_storage(place)
 
 
+def check_source(place: str) -> None:
+    """Raises ValueError where `init_from` names nothing to begin with; what is inside is checked when it is read."""
+    folder, _, part = place.partition(":") if "://" not in place else (place, "", "")
+    saved = [Path(folder) / part / "config.json", Path(folder) / "transformer" / "config.json"]
+    if "://" in place or not any(file.is_file() for file in saved):
+        if "://" not in place and not Path(folder).is_dir():
+            raise ValueError(f"init_from={place}: there is no directory {folder}")
+        open_checkpoint(place)
+
+
 def open_checkpoint(place: str, *, step: int | None = None) -> tuple[Storage, Found]:
     """A checkpoint by a person's word for it: a run directory, a store, or one checkpoint's folder in a store.
 

@@ -3,7 +3,7 @@
 import os
 from fnmatch import fnmatchcase
 
-from framework.checkpoint.find import newest, store_of
+from framework.checkpoint.find import check_source, newest, store_of
 from framework.data.buckets import bucket_views, check_held_out, open_streams
 from framework.data.config import StreamConfig
 from framework.models.config import is_adapter
@@ -22,7 +22,8 @@ def check_store(recipe: Recipe) -> None:
     """
     storage = store_of(recipe)
     storage.check()
-    newest(storage, fall_back=recipe.resume.fall_back)
+    if newest(storage, fall_back=recipe.resume.fall_back) is None and recipe.init_from:
+        check_source(recipe.init_from)
 
 
 def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> MeshShape:

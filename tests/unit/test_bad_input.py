@@ -172,6 +172,13 @@ def test_places_where_checkpoints_cannot_go(tiny_recipe: Path, tmp_path: Path) -
         assert part in refused("train", str(tiny_recipe), f"checkpoint.{word}", folder=tmp_path)
 
 
+def test_weights_to_begin_with_that_are_not_there(tiny_recipe: Path, tmp_path: Path) -> None:
+    assert "there is no directory nowhere" in refused("train", str(tiny_recipe), "init_from=nowhere", folder=tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "empty has no checkpoint yet" in refused("train", str(tiny_recipe), "init_from=empty", folder=tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_store_than_the_run_s(tiny_recipe: Path, tmp_path: Path) -> None:
     store_run(tiny_recipe)
     message = refused("train", str(tiny_recipe), "checkpoint.store=elsewhere", folder=tmp_path)
