@@ -13,13 +13,10 @@ from framework.recipe import OptimizerConfig, decays
 
 
 def adamw(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over those with and those without weight decay; a group without a parameter is left out, as DeepSpeed
-    flattens none, but torch wants one even on a rank that holds no parameter.
-    """
+    """AdamW over two groups, with and without weight decay; either may be empty."""
     decayed = [p for name, p in parameters if decays(name, len(getattr(p, "ds_shape", p.shape)))]
     plain = [p for name, p in parameters if not decays(name, len(getattr(p, "ds_shape", p.shape)))]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]] or groups[:1]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -34,6 +34,7 @@ def partial(env: Environment, recipe_path: Path, overrides: list[str]) -> Partia
 
     before = gathered(engine, mesh, "model")
     bits = [fragment.flat.clone() for fragment in frozen()]
+    first = engine.fragments()
     gradients, norms = [], []
     for _ in backwards(recipe, mesh, engine, 2):
         gradients.append(gathered(engine, mesh, "grad"))
@@ -45,6 +46,8 @@ def partial(env: Environment, recipe_path: Path, overrides: list[str]) -> Partia
         for f in frozen()
     }
     assert {f.state for f in frozen()} <= {"model"}
+    places = [(f.key, f.start, f.flat.data_ptr()) for f in first]
+    assert places == [(f.key, f.start, f.flat.data_ptr()) for f in engine.fragments()], "views stay those of the state"
     averaged = {f.shard.name for f in Ema(engine.fragments(), recipe.ema).fragments()}
     engine.destroy()
     return Partial(Updates(gradients, states, norms, {}), before, kept, held, averaged)

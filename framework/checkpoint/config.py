@@ -15,8 +15,8 @@ class CheckpointConfig:
 
     local: a directory of the node itself, written first and copied from there to the store; a resume on the same nodes
     reads it. layout: own, every rank writes what it holds; even, the ranks exchange pieces first, so that each writes
-    an equal range in few large boxes; auto takes even where own would make more than a hundred thousand boxes. retries:
-    further tries of a save that failed, before the run stops.
+    an equal range in few large boxes; adaptive takes even where own would make more than a hundred thousand boxes.
+    retries: further tries of a save that failed, before the run stops.
     """
 
     every: int = 500
@@ -25,7 +25,7 @@ class CheckpointConfig:
     keep_every: int = 0
     max_gigabytes: float = 0.0
     local: str = ""
-    layout: Literal["auto", "own", "even"] = "auto"
+    layout: Literal["adaptive", "own", "even"] = "adaptive"
     retries: int = 2
 
     def __post_init__(self) -> None:

@@ -63,6 +63,13 @@ def finished_steps(storage: Storage) -> int:
     return entries[-1].step if entries else 0
 
 
+def open_place(place: str) -> Storage:
+    """The store at a run directory, or at a place by its own name."""
+    if "://" not in place and is_run(Path(place)):
+        return store_of(recipe_of_run(Path(place)))
+    return open_storage(place)
+
+
 def open_checkpoint(place: str, *, step: int | None = None) -> tuple[Storage, Found]:
     """A checkpoint by a person's word for it: a run directory, a store, or one checkpoint's folder in a store.
 
@@ -70,16 +77,13 @@ def open_checkpoint(place: str, *, step: int | None = None) -> tuple[Storage, Fo
     """
     place = place.rstrip("/")
     parent, _, last = place.rpartition("/")
-    if "://" not in place and is_run(Path(place)):
-        storage = store_of(recipe_of_run(Path(place)))
-    elif (entry := entry_of(last)) is not None:
+    if (entry := entry_of(last)) is not None:
         storage = open_storage(parent or ".")
         names = storage.list(f"{entry.folder}/")
         if not committed(names):
             raise ValueError(f"{place} is no checkpoint: it has no manifest, so it was never finished")
         return storage, Found(entry, read_manifest(storage, entry, names | storage.list("frozen/")))
-    else:
-        storage = open_storage(place)
+    storage = open_place(place)
     entries, names = list_checkpoints(storage)
     chosen = [entry for entry in entries if step is None or entry.step == step]
     if not chosen:

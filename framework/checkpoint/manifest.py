@@ -74,7 +74,9 @@ class Origin:
 
 @dataclass(frozen=True)
 class Manifest:
-    """files: by their name relative to the checkpoint's folder. config: of the model, by diffusers' names."""
+    """files: by their name relative to the checkpoint's folder. config: of the model (by diffusers' names) and of its
+    adapters.
+    """
 
     progress: Progress
     origin: Origin

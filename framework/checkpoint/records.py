@@ -17,14 +17,16 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -42,9 +44,6 @@ Sizes = tuple[int, ...]
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
-SYSTEM: Final[Mapping[str, Any]] = MappingProxyType(
-    {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-)
 STORAGES: Final[Mapping[torch.dtype, type]] = MappingProxyType(
     {
         torch.float32: torch.FloatStorage,
@@ -65,7 +64,10 @@ METADATA_CLASSES: Final = frozenset(
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
-        *(("torch", str(dtype).removeprefix("torch.")) for dtype in STORAGES),
+        ("torch", "float32"),
+        ("torch", "float64"),
+        ("torch", "bfloat16"),
+        ("torch", "float16"),
     }
 )
 
@@ -93,41 +95,68 @@ class StoredTensor:
     boxes: tuple[StoredBox, ...]
 
 
-class HeadPickler(pickle.Pickler):
-    """Pickles the tensor of a record with its storage by reference, as `torch.save` does."""
+@dataclass(frozen=True)
+class StorageOfRecord:
+    """Stands for a storage while a head is pickled."""
 
-    def __init__(self, stream: io.BytesIO, dtype: torch.dtype, num_elements: int) -> None:
-        super().__init__(stream, protocol=2)
-        self._storage = ("storage", STORAGES[dtype], "0", "cpu", num_elements, None)
+    key: str
+    dtype: torch.dtype
+    num_elements: int
+
+
+class HeadPickler(pickle.Pickler):
+    """Pickles tensors with their storages by reference, as `torch.save` does."""
 
     def persistent_id(self, obj: object) -> tuple[object, ...] | None:
-        return self._storage if isinstance(obj, StorageOfRecord) else None
-
-
-class StorageOfRecord:
-    """Stands for the record's storage while the head is pickled."""
+        if not isinstance(obj, StorageOfRecord):
+            return None
+        return ("storage", STORAGES[obj.dtype], obj.key, "cpu", obj.num_elements, None)
 
 
 class TensorOfRecord:
-    """Pickles as the tensor that `torch.load` rebuilds on the record's storage."""
+    """Pickles as the tensor that `torch.load` rebuilds on a storage."""
 
-    def __init__(self, sizes: Sizes) -> None:
-        self._sizes = sizes
+    def __init__(self, key: str, sizes: Sizes, dtype: torch.dtype) -> None:
+        self._sizes, self._storage = sizes, StorageOfRecord(key, dtype, prod(sizes))
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         strides = tuple(prod(self._sizes[dim + 1 :]) for dim in range(len(self._sizes)))
         rebuild = torch._utils._rebuild_tensor_v2
-        return rebuild, (StorageOfRecord(), 0, self._sizes, strides, False, OrderedDict())
+        return rebuild, (self._storage, 0, self._sizes, strides, False, OrderedDict())
+
+
+def file_head(value: object, keys: list[str]) -> bytes:
+    """What stands before the storages of a file that `torch.load` reads. value: holds `TensorOfRecord`s."""
+    stream = io.BytesIO()
+    system = {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    for each in (MAGIC, PROTOCOL, system):
+        pickle.dump(each, stream, protocol=2)
+    HeadPickler(stream, protocol=2).dump(value)
+    pickle.dump(keys, stream, protocol=2)
+    return stream.getvalue()
 
 
 def record_head(sizes: Sizes, dtype: torch.dtype) -> bytes:
     """What stands before the elements of a box."""
-    stream = io.BytesIO()
-    for value in (MAGIC, PROTOCOL, dict(SYSTEM)):
-        pickle.dump(value, stream, protocol=2)
-    HeadPickler(stream, dtype, prod(sizes)).dump(TensorOfRecord(sizes))
-    pickle.dump(["0"], stream, protocol=2)
-    return stream.getvalue() + struct.pack("<q", prod(sizes))
+    return file_head(TensorOfRecord("0", sizes, dtype), ["0"]) + struct.pack("<q", prod(sizes))
+
+
+def write_dict(file: Path, shapes: Mapping[str, Sizes], dtype: torch.dtype, read: Callable[[str], Tensor]) -> None:
+    """Write a file that `torch.load` reads as a dict of tensors, one after the other. read: gives each, whole."""
+    keys = {name: f"{number:08}" for number, name in enumerate(shapes)}  # in order, as torch sorts them
+    held = {name: TensorOfRecord(keys[name], shape, dtype) for name, shape in shapes.items()}
+    partial = file.with_name(file.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(file_head(held, list(keys.values())))
+            for name, shape in shapes.items():
+                stream.write(struct.pack("<q", prod(shape)))
+                stream.write(read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def encode_metadata(tensors: Mapping[str, StoredTensor]) -> bytes:

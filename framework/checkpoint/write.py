@@ -4,7 +4,7 @@ A file holds flat ranges of parameter shards, each cut into boxes of its global 
 behind the other in a staging buffer, so a box is a slice of the buffer and is written as it lies there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,15 +115,17 @@ def as_bytes(flat: Tensor) -> memoryview:
 
 def write_file(storage: Storage, name: str, layout: FileLayout, staged: Tensor) -> StoredFile:
     """Write a file from its staging buffer. Raises OSError, and leaves nothing then."""
-    data, position = as_bytes(staged), 0
+    return write_boxes(storage, name, layout, staged.split([keyed.box.num_elements for keyed in layout.boxes]))
+
+
+def write_boxes(storage: Storage, name: str, layout: FileLayout, parts: Iterable[Tensor]) -> StoredFile:
+    """Write a file from the elements of its boxes in order, 1-D each. Raises OSError, and leaves nothing then."""
     inner = storage.open_writer(name)
     try:
         writer = BlockWriter(inner)
-        for keyed, head in zip(layout.boxes, layout.heads, strict=True):
-            num_bytes = keyed.box.num_elements * layout.dtype.itemsize
+        for head, part in zip(layout.heads, parts, strict=True):
             writer.write(head)
-            writer.write(data[position : position + num_bytes])
-            position += num_bytes
+            writer.write(as_bytes(part))
         return writer.close()
     except BaseException:
         inner.abort()

@@ -61,13 +61,13 @@ class Written:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is saved. model: its configuration. shards: of the whole model, in its order. frozen: those of this rank's
-    fragments that aren't trained. known: what the checkpoint that the run resumed from says of frozen weights; None
-    where there is none, and the first save writes them.
+    """What is saved. configs: of the model and its adapters. shards: of the whole model, in its order. frozen: those of
+    this rank's fragments that aren't trained. known: what the checkpoint that the run resumed from says of frozen
+    weights; None where there is none, and the first save writes them.
     """
 
     origin: Origin
-    model: dict[str, Any]
+    configs: dict[str, Any]
     shards: Sequence[ParameterShard]
     frozen: Sequence[Fragment] = ()
     known: Frozen | None = None
@@ -168,7 +168,7 @@ class CheckpointWriter:
         self._fence.check()
         assert self._metadata is not None
         files = files | {METADATA: put_checksummed(self._storage, f"{entry.folder}/{METADATA}", self._metadata)}
-        manifest = Manifest(progress, self._subject.origin, files, self._subject.model)
+        manifest = Manifest(progress, self._subject.origin, files, self._subject.configs)
         self._fence.check()
         self._storage.put(f"{entry.folder}/{MANIFEST}", encode_manifest(manifest))
         try:
@@ -197,7 +197,7 @@ def build_exchange(
     """The exchange where the layout is to be even, None where every rank writes what it holds. A collective."""
     mine = sum(len(lay_out("", "", ranges, torch.float32).boxes) for ranges in staging.ranges.values())
     total = sum(gather_objects(mine, mesh.control))
-    wanted = config.layout == "even" or (config.layout == "auto" and total > MANY_BOXES)
+    wanted = config.layout == "even" or (config.layout == "adaptive" and total > MANY_BOXES)
     if not wanted or mesh.zero.size == 1:
         return None
     group: Group = saving_group(mesh, "zero")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from framework.checkpoint.fence import Fence, claim
+from framework.checkpoint.source import fill, open_source
 from framework.data.buckets import Stream, open_streams
 from framework.data.config import StreamConfig
 from framework.data.loader import BatchBuilder
@@ -164,16 +165,23 @@ def build_engine(recipe: Recipe, model: nn.Module, shards: list[ParameterShard],
 
 
 @torch.no_grad()
-def initialise(fragments: list[Fragment], recipe: Recipe) -> list[str]:
-    """Fill the master and the frozen weights, each tensor from its own key, one tensor at a time: the same on every
-    mesh. Returns what a person should know of it.
-    """
+def initialise(fragments: list[Fragment], recipe: Recipe) -> None:
+    """Fill the master and the frozen weights, each tensor from its own key, one at a time: the same on every mesh."""
     for fragment in fragments:
         if fragment.state == "model":
             name, shape = fragment.shard.name, fragment.shard.global_shape
             generator = torch.Generator().manual_seed(key(recipe.seed, "init", uid=name))
             fragment.copy_from(init_tensor(name, shape, generator, recipe.model))
-    return []
+
+
+def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[ParameterShard]) -> list[str]:
+    """Fill what `init_from` has of the weights; each rank reads its own slices. Returns what a person should know of
+    it. Raises ValueError.
+    """
+    if not recipe.init_from:
+        return []
+    source = open_source(recipe.init_from, recipe.init_weights)
+    return fill(fragments, source, {shard.name: shard.global_shape for shard in shards}).lines()
 
 
 def build_encoders(recipe: Recipe) -> Encoders:

@@ -88,7 +88,8 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     resumed = resume(storage, fragments, mesh.control, fall_back=recipe.resume.fall_back, near=near)
     notes = list(invocation.notes)
     if resumed is None:
-        notes += build.initialise(engine.fragments(), recipe)
+        build.initialise(fragments, recipe)
+        notes += build.take_weights(fragments, recipe, shards)
         ema.restart()
     else:
         notes += resumed.notes
@@ -206,7 +207,8 @@ def build_subject(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         parents=parents if resumed is None else (resumed.found.entry.folder,),
     )
-    return Subject(origin, asdict(recipe.model), shards, known=None if resumed is None else resumed.frozen)
+    configs = {"model": asdict(recipe.model), "lora": asdict(recipe.lora)}
+    return Subject(origin, configs, shards, known=None if resumed is None else resumed.frozen)
 
 
 def optimizer_step(parts: Parts, work: Work) -> tuple[Tensor, StepStats, tuple[str, ...]]:

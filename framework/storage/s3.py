@@ -25,11 +25,11 @@ PARTS_OF_A_SIZE = 2000
 THREADS = 4
 PASSING: Final = frozenset({"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "ThrottlingException"})
 FIXES: Final = (
-    ({"NoSuchBucket"}, "the bucket doesn't exist: make it, or name another"),
-    ({"InvalidAccessKeyId"}, "the access key is unknown there: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
-    ({"SignatureDoesNotMatch"}, "the secret key is wrong: set AWS_SECRET_ACCESS_KEY"),
-    ({"AccessDenied", "403"}, "these credentials may not do that: ask for the right to list, read, write and delete"),
-    ({"ExpiredToken"}, "the credentials have expired: renew them"),
+    (("NoSuchBucket",), "the bucket doesn't exist: make it, or name another"),
+    (("InvalidAccessKeyId",), "the access key is unknown there: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    (("SignatureDoesNotMatch",), "the secret key is wrong: set AWS_SECRET_ACCESS_KEY"),
+    (("AccessDenied", "403"), "these credentials may not do that: ask for the right to list, read, write and delete"),
+    (("ExpiredToken",), "the credentials have expired: renew them"),
 )
 
 

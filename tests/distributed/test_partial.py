@@ -1,5 +1,6 @@
 """Partial training in both engines against plain AdamW in one process: adapters, patterns, and both."""
 
+import json
 from pathlib import Path
 
 import engine_ranks
@@ -13,6 +14,7 @@ from pool import run_ranks
 from tiny import write_recipe
 
 from framework.launch.check import check_start
+from framework.programs.sample import SampleRequest, sample
 from framework.recipe import load_recipe
 
 STEPS = [
@@ -116,3 +118,23 @@ def test_an_adapter_with_a_row_of_its_own_is_refused(recipe_path: Path) -> None:
     words = [*LORA, *ENGINES["fsdp2 3"], "precision.parameters=bfloat16", table]
     with pytest.raises(ValueError, match=r"proj_out.weight .*, proj_out.lora_A.weight"):
         check_start(load_recipe(recipe_path, words), num_ranks=2, num_gpus=0)
+
+
+def test_a_run_resumes_and_samples(tmp_path: Path, tiny_shards: Path) -> None:
+    """The losses of one go, on another mesh and engine within rounding; then a video by the averaged weights."""
+    words = [*KINDS["both"], "mesh.dp=2", "checkpoint.every=2", "train.steps=4", "ema.decay=0.9"]
+    whole = write_recipe(tmp_path, tiny_shards, [*words, f"run={tmp_path / 'whole'}"], name="whole.yaml")
+    broken = write_recipe(tmp_path, tiny_shards, [*words, f"run={tmp_path / 'broken'}"], name="broken.yaml")
+    moved = write_recipe(tmp_path, tiny_shards, [*words, f"run={tmp_path / 'moved'}"], name="moved.yaml")
+    run_ranks(ranks.train, 2, whole, [])
+    for recipe, then in ((broken, []), (moved, ["mesh.dp=1", "mesh.tp=2", "zero.engine=fsdp2"])):
+        run_ranks(ranks.train, 2, recipe, ["train.steps=2"])
+        run_ranks(ranks.train, 2, recipe, ["train.steps=4", *then])
+
+    def losses(run: str) -> list[float]:
+        return [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+
+    assert losses("broken") == losses("whole") and len(losses("whole")) == 4
+    assert losses("moved") == pytest.approx(losses("whole"), rel=1e-5)
+    request = SampleRequest("a rabbit", tmp_path / "out.mp4", 0, "ema", 2, None)
+    assert "from step 4, ema weights" in sample(tmp_path / "broken", request)

@@ -31,6 +31,7 @@ ROWS: Final = (
     ("models", "parallel.zero"),
     ("checkpoint", "metrics", "profiling", "evaluate", "curate"),
     ("programs", "launch"),
+    ("cli_checkpoint",),
     ("cli",),
 )
 
@@ -83,7 +84,7 @@ def test_entries_are_found_by_the_longest_match() -> None:
     assert entry_of("parallel.zero.deepspeed") == (6, "parallel.zero")
     assert entry_of("parallel.mesh") == (3, "parallel.mesh")
     assert entry_of("data.shards") == (5, "data")
-    assert entry_of("cli") == (9, "cli")
+    assert entry_of("cli") == (10, "cli")
     assert entry_of("parallel.helpers") is None
     assert entry_of("runner") is None
 

@@ -18,8 +18,9 @@ from framework.kernels.attention import build_attention
 from framework.kernels.config import AttentionConfig
 from framework.models.config import ModelConfig
 from framework.models.dit import DiT
+from framework.models.export import read_whole
 from framework.models.patchify import frame_index, patchify_input, token_positions, unpatchify_output
-from framework.models.weights import load_diffusers
+from framework.models.weights import DiffusersSource
 
 
 def _reference(
@@ -62,10 +63,10 @@ def test_output_and_every_gradient_are_those_of_diffusers(name: str, timesteps: 
         inputs["encoder_hidden_states_image"] = rearrange(image, "b (r n) d -> (b r) n d", r=rows)
     expected, expected_gradients = _reference(case, tmp_path, inputs, output_weight)
 
-    config, tensors = load_diffusers(tmp_path)
-    assert config == case.config
-    model = DiT(config, build_attention(AttentionConfig("aten")))
-    model.load_state_dict(dict(tensors), strict=True)
+    source = DiffusersSource(str(tmp_path))
+    assert source.config == case.config
+    model = DiT(source.config, build_attention(AttentionConfig("aten")))
+    model.load_state_dict({name: read_whole(source, name) for name in source.shapes()}, strict=True)
     positions = token_positions(BATCH, latent, patch_size, noisy.device)
     patches = model(
         patchify_input(noisy, patch_size), positions, frame_index(positions), times_bt, text, image_bnd=image
@@ -87,7 +88,8 @@ def test_weights_in_several_files_are_those_in_one(tmp_path: Path) -> None:
     model = WanTransformer3DModel(**asdict(CASES["tiny"].config))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    tensors = dict(load_diffusers(tmp_path)[1])
+    source = DiffusersSource(str(tmp_path))
+    tensors = {name: read_whole(source, name) for name in source.shapes()}
     assert tensors.keys() == model.state_dict().keys()
     assert all(torch.equal(tensors[name], value) for name, value in model.state_dict().items())
 

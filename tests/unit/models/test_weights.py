@@ -1,6 +1,7 @@
 """Reading diffusers' directories: what is refused, and by which name. (What is read: test_wan_parity.py.)"""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from framework.models.config import ModelConfig
-from framework.models.weights import INDEX, SINGLE, load_diffusers
+from framework.models.weights import INDEX, SINGLE, DiffusersSource
 
 
 def _save(directory: Path, **config: Any) -> None:
@@ -22,9 +23,9 @@ def _save(directory: Path, **config: Any) -> None:
 
 def test_private_keys_and_the_unused_norm_are_left_out(tmp_path: Path) -> None:
     _save(tmp_path, _class_name="WanTransformer3DModel", _diffusers_version="0.39", num_layers=3, patch_size=[1, 4, 4])
-    config, tensors = load_diffusers(tmp_path)
-    assert config == ModelConfig(num_layers=3, patch_size=(1, 4, 4))
-    assert [(name, value.tolist()) for name, value in tensors] == [("a", [1, 1, 1])]
+    source = DiffusersSource(str(tmp_path))
+    assert source.config == ModelConfig(num_layers=3, patch_size=(1, 4, 4))
+    assert source.shapes() == {"a": (3,)}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_configuration_that_is_not_ours_is_refused_by_name(
 ) -> None:
     _save(tmp_path, **config)
     with pytest.raises(ValueError, match=message):
-        load_diffusers(tmp_path)
+        DiffusersSource(str(tmp_path))
 
 
 def _truncate(directory: Path) -> None:
@@ -72,7 +73,36 @@ def test_a_damaged_directory_is_refused(damage: Callable[[Path], Any], message: 
     _save(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
-        list(load_diffusers(tmp_path)[1])
+        DiffusersSource(str(tmp_path))
+
+
+def test_pickles_and_paths_out_of_the_directory_are_refused(tmp_path: Path) -> None:
+    _save(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+    with pytest.raises(ValueError, match=r"names \.\./other\.safetensors, which lies outside its directory"):
+        DiffusersSource(str(tmp_path))
+    (tmp_path / INDEX).unlink()
+    (tmp_path / SINGLE).unlink()
+    trap = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {trap}",)
+
+    torch.save(Evil(), tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"has diffusion_pytorch_model\.bin and no safetensors: a pickle can run code"):
+        DiffusersSource(str(tmp_path))
+    assert not trap.exists()
+
+
+def test_parts_of_a_pipeline(tmp_path: Path) -> None:
+    for part, layers in (("transformer", 2), ("transformer_2", 3)):
+        (tmp_path / part).mkdir()
+        _save(tmp_path / part, num_layers=layers)
+    assert DiffusersSource(str(tmp_path)).config.num_layers == 2
+    assert DiffusersSource(f"{tmp_path}:transformer_2").config.num_layers == 3
+    with pytest.raises(ValueError, match="transformer_3 is no directory saved by diffusers"):
+        DiffusersSource(f"{tmp_path}:transformer_3")
 
 
 def test_the_configuration_passes_through_omegaconf() -> None:
