@@ -193,6 +193,7 @@ class Soak:
         return (
             f"{plan.num_ranks} ranks, stage {plan.stage}, {plan.checkpoint.layout}, every {plan.checkpoint.every}, "
             f"keep {plan.checkpoint.keep}: {words}; killed {who}, {moment}; {commits} saves, newest {found.newest}"
+            + ("" if alone else "; a rank had to be killed after the grace period")
         )
 
     def finish(self, steps: int = 7) -> str:
