@@ -22,6 +22,7 @@ from framework.models.config import LoraConfig, ModelConfig, is_adapter
 from framework.models.export import Merged, read_whole, write_diffusers, write_lora
 from framework.models.weights import DiffusersSource, TensorSource
 from framework.parallel.fragments import ParameterShard
+from framework.plan.parameters import parameter_shapes
 from framework.run import versions
 from framework.storage.storage import open_storage
 
@@ -123,6 +124,10 @@ def import_weights(place: str, store: str) -> list[str]:
     A run takes it by `init_from`, `export` gives it back. Raises ValueError.
     """
     source, storage = DiffusersSource(place), open_storage(store)
+    wanted = {parameter.name: parameter.shape for parameter in parameter_shapes(source.config)}
+    wrong = sorted(name for name, shape in wanted.items() if source.shapes().get(name) != shape)
+    if wrong:
+        raise ValueError(f"{source.name} lacks {wrong[0]}, or has it in another shape than its config.json says")
     storage.check()
     if storage.list("step-"):
         raise ValueError(f"{store} has checkpoints already: name a place of its own")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from framework.checkpoint.find import open_checkpoint
-from framework.checkpoint.read import CheckpointReader
+from framework.checkpoint.read import Checked, CheckpointReader
 from framework.models.weights import DiffusersSource, TensorSource, is_diffusers
 from framework.parallel.fragments import Fragment
 
@@ -37,7 +37,14 @@ class CheckpointSource:
 
     def check(self) -> None:
         """Check every block of the files that hold them. Raises DamagedCheckpoint."""
-        self.reader.check({key.partition(".")[0] for key in self._keys.values()})
+        self.reader.check(self._states())
+
+    def check_share(self, by_rank: list[Checked], *, index: int) -> None:
+        """Check this rank's share of the blocks that none has checked. by_rank: those that were, of every rank."""
+        self.reader.check_rest(by_rank, touched=self.reader.files_of(self._states()), index=index)
+
+    def _states(self) -> set[str]:
+        return {key.partition(".")[0] for key in self._keys.values()}
 
 
 def open_source(place: str, weights: Weights) -> TensorSource:

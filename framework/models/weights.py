@@ -24,6 +24,7 @@ CONFIG = "config.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = ("F64", "F32", "BF16", "F16")
 # Wan 2.1's image-to-video files hold a norm of the image's queries that no forward uses; diffusers skips it too.
 UNUSED = "norm_added_q"
 
@@ -58,7 +59,13 @@ class DiffusersSource:
                 absent = sorted(set(held) - set(stored.keys()))
                 if absent:
                     raise ValueError(f"{file} lacks {absent[0]}, which {INDEX} says is there")
-                self._shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in held}
+                for name in held:
+                    part = stored.get_slice(name)
+                    if part.get_dtype() not in DTYPES:
+                        raise ValueError(
+                            f"{file}: {name} has the dtype {part.get_dtype()}, not one of {', '.join(DTYPES)}"
+                        )
+                    self._shapes[name] = tuple(part.get_shape())
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
@@ -71,6 +78,8 @@ class DiffusersSource:
 
 def is_diffusers(place: str) -> bool:
     """Whether a word names a directory that diffusers may have saved."""
+    if "://" in place:
+        return False
     folder, _, part = place.partition(":")
     path = Path(folder) / part if part else Path(folder)
     return any((each / CONFIG).is_file() for each in (path, path / "transformer")) or bool(part and path.is_dir())
@@ -102,7 +111,10 @@ def find_tensors(folder: Path) -> dict[str, Path]:
         with opened(folder / SINGLE) as stored:
             names = dict.fromkeys(stored.keys(), SINGLE)
     else:
-        names = {str(name): str(file) for name, file in _read_json(index)["weight_map"].items()}
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map: it doesn't say where a tensor lies")
+        names = {str(name): str(file) for name, file in weight_map.items()}
     for file in sorted(set(names.values())):
         if Path(file).name != file:
             raise ValueError(f"{index} names {file}, which lies outside its directory")
@@ -129,7 +141,10 @@ def _read_config(file: Path) -> ModelConfig:
     known = {field.name for field in fields(ModelConfig)}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"{file}: unknown keys {', '.join(unknown)}; a {CLASS_NAME} has {', '.join(sorted(known))}")
-    return ModelConfig(**values)
+    try:
+        return ModelConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"{file}: a value has the wrong type: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -137,4 +152,6 @@ def _read_json(file: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
     return content

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from framework.checkpoint.fence import Fence, claim
-from framework.checkpoint.source import fill, open_source
+from framework.checkpoint.source import CheckpointSource, fill, open_source
 from framework.data.buckets import Stream, open_streams
 from framework.data.config import StreamConfig
 from framework.data.loader import BatchBuilder
@@ -24,6 +24,7 @@ from framework.keys import key
 from framework.models.dit import DiT
 from framework.models.initialise import init_tensor
 from framework.models.parallelize import parallelize
+from framework.models.weights import TensorSource
 from framework.parallel.collectives import broadcast_object, gather_objects
 from framework.parallel.config import resolve_mesh
 from framework.parallel.fragments import Fragment, ParameterShard
@@ -174,14 +175,35 @@ def initialise(fragments: list[Fragment], recipe: Recipe) -> None:
             fragment.copy_from(init_tensor(name, shape, generator, recipe.model))
 
 
-def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[ParameterShard]) -> list[str]:
+def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[ParameterShard], group: Group) -> list[str]:
     """Fill what `init_from` has of the weights; each rank reads its own slices. Returns what a person should know of
-    it. Raises ValueError.
+    it. A collective; raises ValueError on every rank.
     """
     if not recipe.init_from:
         return []
-    source = open_source(recipe.init_from, recipe.init_weights)
-    return fill(fragments, source, {shard.name: shard.global_shape for shard in shards}).lines()
+    lines = []
+    source: TensorSource | None = None
+    failure: str | None = None
+    try:
+        source = open_source(recipe.init_from, recipe.init_weights)
+        lines = fill(fragments, source, {shard.name: shard.global_shape for shard in shards}).lines()
+    except (ValueError, OSError) as error:
+        failure = str(error)
+    agree(gather_objects(failure, group))
+    try:
+        if isinstance(source, CheckpointSource):
+            source.check_share(gather_objects(source.reader.checked(), group), index=group.index)
+    except (ValueError, OSError) as error:
+        failure = str(error)
+    agree(gather_objects(failure, group))
+    return lines
+
+
+def agree(failures: list[str | None]) -> None:
+    """Raises ValueError where any rank failed."""
+    for failure in failures:
+        if failure is not None:
+            raise ValueError(failure)
 
 
 def build_encoders(recipe: Recipe) -> Encoders:
