@@ -259,7 +259,7 @@ class Soak:
         self.check_newest(found)
 
     def check_retention(self, before: Scan, found: Scan, number: int, keep: int) -> None:
-        """What the attempt needn't keep is gone: at most one is on its way in. One that counted before may be on its way
+        """What the attempt need not keep is gone: one may be on its way in. One that counted before may be on its way
         out, its manifest gone and files still there.
         """
         garbage = [entry for entry in found.folders if entry not in found.counted and entry[1] < number]
