@@ -25,6 +25,12 @@ class Frozen:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     files: dict[str, StoredFile] = field(default_factory=dict)
 
+    def of(self, keys: set[str]) -> "Frozen":
+        """Those of some tensors alone."""
+        tensors = {key: tensor for key, tensor in self.tensors.items() if key in keys}
+        used = {box.file for tensor in tensors.values() for box in tensor.boxes}
+        return Frozen(tensors, {name: file for name, file in self.files.items() if name in used})
+
 
 def write_frozen(storage: Storage, fragments: Sequence[Fragment]) -> tuple[list[FileLayout], dict[str, StoredFile]]:
     """Write what this rank owns of the frozen weights, one file a dtype. Returns what they hold. Raises OSError."""

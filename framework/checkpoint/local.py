@@ -18,15 +18,16 @@ from framework.storage.storage import Storage
 
 def local_directory(local: str, storage: Storage) -> Directory:
     """Where a node keeps its copies of a store's files."""
-    return Directory(str(Path(local) / xxhash.xxh3_64_hexdigest(storage.url)))
+    place = storage.url if "://" in storage.url else str(Path(storage.url).resolve())
+    return Directory(str(Path(local) / xxhash.xxh3_64_hexdigest(place)))
 
 
 class LocalCopies(Directory):
-    """The copies of one rank."""
+    """The copies of one node, as one of its ranks uses them."""
 
-    def __init__(self, local: str, storage: Storage, rank: int) -> None:
+    def __init__(self, local: str, storage: Storage) -> None:
         super().__init__(local_directory(local, storage).url)
-        self._storage, self._rank = storage, rank
+        self._storage = storage
 
     def flush(self, folder: str, files: dict[str, StoredFile]) -> None:
         """Copy this rank's files to the store. Raises OSError, also where one isn't what was written."""
@@ -34,6 +35,5 @@ class LocalCopies(Directory):
             copy_file(self, self._storage, f"{folder}/{name}", stored)
 
     def keep_only(self, folder: str) -> None:
-        """Delete this rank's files of other checkpoints."""
-        mine = [name for name in self.list() if f"-{self._rank:05}.distcp" in name]  # and what a killed one left
-        self.delete(name for name in mine if entry_of(name) is not None and not name.startswith(f"{folder}/"))
+        """Delete everything of other checkpoints, by whichever rank: what is committed was flushed."""
+        self.delete(name for name in self.list() if entry_of(name) is not None and not name.startswith(f"{folder}/"))

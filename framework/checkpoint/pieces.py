@@ -46,9 +46,13 @@ class ReadStats:
 
 @dataclass(frozen=True)
 class OpenFile:
-    """A file of a checkpoint: where it lies, what its manifest says, and which of its blocks were checked."""
+    """A file of a checkpoint: where it lies, what its manifest says, and which of its blocks were checked.
+
+    storage: where whole blocks are read, which may be a node's copy. origin: the store, for what is read unchecked.
+    """
 
     storage: Storage
+    origin: Storage
     name: str
     stored: StoredFile
     block: int
@@ -103,7 +107,7 @@ def read_pieces(file: OpenFile, pieces: list[Piece], stats: ReadStats) -> None:
         inside = clip(pieces, first * file.block, last * file.block)
         stats.read += file.read_blocks(first, last, inside)
     for start, stop in gaps(whole, file.block):
-        for group in neighbours(clip(pieces, start, stop), file.storage.gap):
+        for group in neighbours(clip(pieces, start, stop), file.origin.gap):
             stats.read += read_group(file, group)
 
 
@@ -180,7 +184,7 @@ def neighbours(pieces: list[Piece], gap: int) -> Iterator[list[Piece]]:
 def read_group(file: OpenFile, group: list[Piece]) -> int:
     """Fill neighbouring pieces with one read. Returns the bytes read."""
     start, stop = group[0].start, group[-1].stop
-    file.storage.read_into(file.name, start, fill_gaps(start, stop, group))
+    file.origin.read_into(file.name, start, fill_gaps(start, stop, group))
     return stop - start
 
 

@@ -70,7 +70,7 @@ class CheckpointReader:
         for file, stored in manifest.files.items():
             name = resolve(folder, file)
             place = near if near is not None and copies.get(name) == stored.size else storage
-            self._files[file] = OpenFile(place, name, stored, manifest.block)
+            self._files[file] = OpenFile(place, storage, name, stored, manifest.block)
         data = self._read_metadata()
         self.tensors = decode_metadata(data, f"{storage.url}/{folder}/{METADATA}")
         self._boxes: dict[str, Boxes] = {}

@@ -85,7 +85,9 @@ def retain(storage: Storage, config: CheckpointConfig, *, attempt: int) -> None:
         storage.delete([f"{entry.folder}/{MANIFEST}"])
         storage.delete(by_folder[entry])
     if going:
-        delete_unused_frozen(storage, [entry for entry in entries if entry not in going])
+        kept = [entry for entry in entries if entry not in going]
+        late = [entry for entry in committed(names) if entry not in entries and entry.folder in given]
+        delete_unused_frozen(storage, [*kept, *late])
 
 
 def delete_unused_frozen(storage: Storage, kept: list[Entry]) -> None:

@@ -94,11 +94,10 @@ class CheckpointWriter:
             state: lay_out(f"{state}-{mesh.rank:05}.distcp", state, self._ranges(state), buffer.dtype)
             for state, buffer in staging.buffers.items()
         }
-        self._local = LocalCopies(config.local, storage, mesh.rank) if config.local else None
-        self._frozen: tuple[list[FileLayout], dict[str, StoredFile]] | None = (
-            None if subject.known is None else ([], {})
-        )
-        self._frozen_files = {} if subject.known is None else subject.known.files
+        self._local = LocalCopies(config.local, storage) if config.local else None
+        self._frozen: tuple[list[FileLayout], dict[str, StoredFile]] | None = None
+        self._known = (subject.known or Frozen()).of({f"model.{s.name}" for s in subject.shards if not s.trainable})
+        self._frozen_files = self._known.files
         self._metadata: bytes | None = None
         self.num_bytes = 0  # of the newest checkpoint, over all ranks
 
@@ -109,15 +108,19 @@ class CheckpointWriter:
         if failed is not None:
             return replace(failed[1], message=f"rank {failed[0]} couldn't write {entry.folder}: {failed[1].message}")
         if self._metadata is None:
-            self._metadata = b""
+            failure = self._on_first(lambda: self._plan(everywhere))
+            if failure is not None:
+                return failure
+            self._metadata = self._metadata or b""  # rank 0's alone is needed
             self._frozen_files = self._frozen_files | merged(each.frozen for each in everywhere)
-            if self._group.index == 0:
-                self._metadata = encode_metadata(self._plan(everywhere))
         files = merged(each.files for each in everywhere) | self._frozen_files
         self.num_bytes = sum(file.size for file in files.values())
         failure = self._on_first(lambda: self._commit(entry, progress, files))
         if failure is None and self._local is not None:
-            self._local.keep_only(entry.folder)
+            try:
+                self._local.keep_only(entry.folder)
+            except OSError as error:  # the checkpoint is there all the same
+                log.error(f"older copies in {self._local.url} should go but can't be deleted: {cause(error)}")
         return failure
 
     def _ranges(self, state: str) -> list[Range]:
@@ -129,9 +132,10 @@ class CheckpointWriter:
         failure: Failure | None = None
         try:
             if self._frozen is None:
-                self._frozen = write_frozen(self._storage, self._subject.frozen)
-        except OSError as error:
-            failure = Failure(cause(error))
+                new = [fragment for fragment in self._subject.frozen if fragment.key not in self._known.tensors]
+                self._frozen = write_frozen(self._storage, new)
+        except Exception as error:
+            failure = failure_of(error)
         for state, layout in self._layouts.items():
             buffer = self._staging.buffers[state]
             staged = buffer if self._exchange is None else self._exchange.run(buffer)
@@ -139,30 +143,37 @@ class CheckpointWriter:
                 if failure is None:
                     target = self._storage if self._local is None else self._local
                     files[layout.name] = write_file(target, f"{folder}/{layout.name}", layout, staged)
-            except OSError as error:
-                failure = Failure(cause(error))
+            except Exception as error:
+                failure = failure_of(error)
         try:
             if failure is None and self._local is not None:
                 self._local.flush(folder, files)
-        except OSError as error:
-            failure = Failure(cause(error))
+        except Exception as error:
+            failure = failure_of(error)
         layouts, frozen = self._frozen or ([], {})
         layouts = [*self._layouts.values(), *layouts] if self._metadata is None else []
         return Written(files, frozen, tuple(layouts), failure)
 
-    def _plan(self, everywhere: list[Written]) -> dict[str, StoredTensor]:
-        """All tensors, each covered exactly once by its boxes."""
+    def _plan(self, everywhere: list[Written]) -> None:
+        """Make `.metadata`: all tensors of the model in all their states, each covered exactly once by its boxes."""
         boxes: dict[str, list[KeyedBox]] = {}
         dtypes = {}
         for layout in chain.from_iterable(each.layouts for each in everywhere):
             for keyed in layout.boxes:
                 boxes.setdefault(keyed.key, []).append(keyed)
                 dtypes[keyed.key] = layout.dtype
-        tensors = {} if self._subject.known is None else dict(self._subject.known.tensors)
+        tensors = dict(self._known.tensors)
         for key, keyed_boxes in boxes.items():
             tensors[key] = StoredTensor(keyed_boxes[0].shape, dtypes[key], tuple(keyed.box for keyed in keyed_boxes))
             check_cover(key, tensors[key])
-        return tensors
+        trained = [shard.name for shard in self._subject.shards if shard.trainable]
+        frozen = [shard.name for shard in self._subject.shards if not shard.trainable]
+        wanted = {f"{state}.{name}" for state in self._layouts for name in trained} | {f"model.{n}" for n in frozen}
+        if wanted != tensors.keys():
+            raise ValueError(
+                f"what was written isn't the model: {min(wanted ^ tensors.keys())} is the first difference"
+            )
+        self._metadata = encode_metadata(tensors)
 
     def _commit(self, entry: Entry, progress: Progress, files: dict[str, StoredFile]) -> None:
         self._fence.check()
@@ -186,8 +197,8 @@ class CheckpointWriter:
         if self._group.index == 0:
             try:
                 action()
-            except OSError as error:
-                failure = Failure(cause(error), final=isinstance(error, TakenOver))
+            except Exception as error:
+                failure = failure_of(error)
         return broadcast_object((failure,), self._group)[0]
 
 
@@ -211,6 +222,15 @@ def merged(parts: Any) -> dict[str, StoredFile]:
     return {name: file for part in parts for name, file in part.items()}
 
 
+def failure_of(error: Exception) -> Failure:
+    """What every rank is told of an error on one. Only what the system or the store refuses is worth another try."""
+    if isinstance(error, OSError):
+        return Failure(cause(error), final=isinstance(error, TakenOver))
+    return Failure(f"{type(error).__name__}: {error}", final=True)
+
+
 def cause(error: OSError) -> str:
-    """What the system says, with the file."""
-    return f"{error.strerror} ({error.filename})" if error.strerror else str(error)
+    """What the system says, with the file where it names one."""
+    if error.strerror and error.filename:
+        return f"{error.strerror} ({error.filename})"
+    return error.strerror or str(error)

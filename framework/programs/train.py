@@ -113,8 +113,8 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
         raise RuntimeError(f"the run {run.path} failed: {error}") from error
     finally:
         gc.enable()
-        parts.loader.close()
         saver.close()
+        parts.loader.close()
         report.close()
         metrics.close()
     verdict = Verdict("stopped" if stopped else "done", progress.step, stopped)
@@ -168,10 +168,11 @@ def loop(
         )
         agreement.wait()
         signalled, failed = asked.tolist()
-        if failed:
-            saver.wait()  # raises
         for text in saver.report():
             report.say(text)
+        if failed:
+            saver.wait()
+            raise RunFailure("another rank couldn't save")
         stopped = (stop.signal or signal.SIGTERM) if signalled and progress.step < last else None
         saves = progress.step % recipe.checkpoint.every == 0 or progress.step == last or stopped is not None
         fails = progress.bad_steps >= recipe.train.max_bad_steps

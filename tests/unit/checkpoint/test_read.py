@@ -135,7 +135,7 @@ def test_random_pieces(tmp_path: Path, gap: int, monkeypatch: pytest.MonkeyPatch
         edges = sorted(generator.choice(1001, 2 * int(generator.integers(1, 12)), replace=False).tolist())
         wanted = [(low, high) for low, high in zip(edges[::2], edges[1::2], strict=True)]
         buffers = [bytearray(high - low) for low, high in wanted]
-        stats, file = ReadStats(), OpenFile(storage, "f", StoredFile(1000, sums), block)
+        stats, file = ReadStats(), OpenFile(storage, storage, "f", StoredFile(1000, sums), block)
         parts = [Piece(low, memoryview(buffer)) for (low, _), buffer in zip(wanted, buffers, strict=True)]
         generator.shuffle(parts)  # type: ignore[arg-type]
         read_pieces(file, parts, stats)
