@@ -20,7 +20,8 @@ from framework.checkpoint.source import CheckpointSource, Weights
 from framework.checkpoint.write import Range, lay_out, put_checksummed, write_boxes
 from framework.models.config import LoraConfig, ModelConfig, is_adapter
 from framework.models.export import Merged, read_whole, write_diffusers, write_lora
-from framework.models.weights import DiffusersSource, TensorSource
+from framework.models.source import TensorSource
+from framework.models.weights import DiffusersSource
 from framework.parallel.fragments import ParameterShard
 from framework.run import versions
 from framework.storage.storage import open_storage
@@ -140,7 +141,8 @@ def import_weights(place: str, store: str) -> list[str]:
     manifest = Manifest(Progress(), origin, files, {"model": asdict(source.config)})
     storage.put(f"{entry.folder}/{MANIFEST}", encode_manifest(manifest))
     size = sum(prod(shape) for shape in shapes.values())
-    return [f"{storage.url}/{entry.folder}: {len(shapes)} tensors, {size:,} parameters of {source.name}"]
+    line = f"{storage.url}/{entry.folder}: {len(shapes)} tensors, {size:,} parameters of {source.name}"
+    return [*source.notes, line]
 
 
 @dataclass(frozen=True)

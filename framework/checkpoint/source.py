@@ -12,7 +12,8 @@ from torch import Tensor
 
 from framework.checkpoint.find import open_checkpoint
 from framework.checkpoint.read import CheckpointReader
-from framework.models.weights import DiffusersSource, TensorSource, is_diffusers
+from framework.models.source import TensorSource
+from framework.models.weights import DiffusersSource, is_diffusers
 from framework.parallel.fragments import Fragment
 
 Weights = Literal["ema", "raw"]

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from framework.models.adapters import ADAPTER_FILE, adapters_of, file_metadata, file_name, merged
 from framework.models.config import LoraConfig, ModelConfig, is_adapter
-from framework.models.weights import CLASS_NAME, CONFIG, INDEX, SINGLE, TensorSource
+from framework.models.source import TensorSource
+from framework.models.weights import CLASS_NAME, CONFIG, INDEX, SINGLE
 
 DIFFUSERS_VERSION = "0.39.0"  # the release whose layout this is
 SHARD_BYTES = 10 << 30  # of a file at most, diffusers' own default

@@ -24,6 +24,7 @@ from framework.keys import key
 from framework.models.dit import DiT
 from framework.models.initialise import init_tensor
 from framework.models.parallelize import parallelize
+from framework.models.weights import DiffusersSource
 from framework.parallel.collectives import broadcast_object, gather_objects
 from framework.parallel.config import resolve_mesh
 from framework.parallel.fragments import Fragment, ParameterShard
@@ -181,7 +182,8 @@ def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[Paramet
     if not recipe.init_from:
         return []
     source = open_source(recipe.init_from, recipe.init_weights)
-    return fill(fragments, source, {shard.name: shard.global_shape for shard in shards}).lines()
+    notes = source.notes if isinstance(source, DiffusersSource) else ()
+    return [*notes, *fill(fragments, source, {shard.name: shard.global_shape for shard in shards}).lines()]
 
 
 def build_encoders(recipe: Recipe) -> Encoders:
