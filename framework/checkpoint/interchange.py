@@ -3,7 +3,7 @@
 All of it goes one tensor at a time, so that a machine with less memory than the model has will do.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
@@ -23,6 +23,7 @@ from framework.models.export import Merged, read_whole, write_diffusers, write_l
 from framework.models.source import TensorSource
 from framework.models.weights import DiffusersSource
 from framework.parallel.fragments import ParameterShard
+from framework.plan.parameters import parameter_shapes
 from framework.run import versions
 from framework.storage.storage import open_storage
 
@@ -48,6 +49,8 @@ def export(place: str, out: Path, request: ExportRequest) -> list[str]:
     """
     reader = CheckpointReader(*open_checkpoint(place, step=request.step))
     held = CheckpointSource(reader, request.weights)
+    if not held.average:
+        request = replace(request, weights="raw")
     config, lora = configs_of(reader)
     has_adapters = any(is_adapter(name) for name in held.shapes())
     source: TensorSource = held
@@ -78,7 +81,10 @@ def export(place: str, out: Path, request: ExportRequest) -> list[str]:
             shapes = source.shapes()
             write_dict(out, shapes, dtype, lambda name: read_whole(source, name, dtype))
     step = reader.found.entry.step
-    return [f"{out}: {request.format}, {request.dtype}, {request.weights} weights of step {step} of {held.name}"]
+    return [
+        *held.notes,
+        f"{out}: {request.format}, {request.dtype}, {request.weights} weights of step {step} of {held.name}",
+    ]
 
 
 def configs_of(reader: CheckpointReader) -> tuple[ModelConfig, LoraConfig]:
@@ -124,6 +130,10 @@ def import_weights(place: str, store: str) -> list[str]:
     A run takes it by `init_from`, `export` gives it back. Raises ValueError.
     """
     source, storage = DiffusersSource(place), open_storage(store)
+    wanted = {parameter.name: parameter.shape for parameter in parameter_shapes(source.config)}
+    wrong = sorted(name for name, shape in wanted.items() if source.shapes().get(name) != shape)
+    if wrong:
+        raise ValueError(f"{source.name} lacks {wrong[0]}, or has it in another shape than its config.json says")
     storage.check()
     if storage.list("step-"):
         raise ValueError(f"{store} has checkpoints already: name a place of its own")

@@ -66,7 +66,7 @@ def retain(storage: Storage, config: CheckpointConfig, *, attempt: int) -> None:
     """Delete what needn't stay: of each its manifest first, so that no half is taken for a checkpoint.
 
     Folders that were begun and never committed go too, older attempts' and its own, and what older ones committed too
-    late (fence.py). attempt: that has just committed, and writes nothing now.
+    late (fence.py), unless it has a name. attempt: that has just committed, and writes nothing now.
     """
     names = storage.list()
     starts = read_starts(storage, names)
@@ -75,10 +75,12 @@ def retain(storage: Storage, config: CheckpointConfig, *, attempt: int) -> None:
         if (entry := entry_of(name)) is not None:
             by_folder[entry].append(name)
     entries = [entry for entry in committed(names) if counts(entry, starts)]
-    named = {entry for entry in entries if entry.folder in names_of(names)}
+    given = names_of(names)
+    named = {entry for entry in entries if entry.folder in given}
     sizes = {entry: sum(names[name] for name in by_folder[entry]) for entry in entries}
     going = surplus(entries, sizes, named, config)
-    left = [entry for entry in by_folder if entry not in entries and entry.attempt <= attempt]
+    others = (entry for entry in by_folder if entry not in entries and entry.folder not in given)
+    left = [entry for entry in others if entry.attempt <= attempt]
     for entry in (*going, *left):
         storage.delete([f"{entry.folder}/{MANIFEST}"])
         storage.delete(by_folder[entry])

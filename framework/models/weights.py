@@ -71,9 +71,7 @@ class DiffusersSource:
             if missing := sorted(names - found.keys()):
                 raise ValueError(f"{file} lacks {missing[0]}, which {directory / INDEX} says it holds")
             if twice := sorted(found.keys() & tensors.keys()):
-                raise ValueError(
-                    f"{file} holds {twice[0]}, and {tensors[twice[0]].file} does too: one is stale"
-                )
+                raise ValueError(f"{file} holds {twice[0]}, and {tensors[twice[0]].file} does too: one is stale")
             tensors |= found
         self._tensors = {name: tensor for name, tensor in tensors.items() if UNUSED not in name}
 

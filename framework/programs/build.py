@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from framework.checkpoint.fence import Fence, claim
-from framework.checkpoint.source import fill, open_source
+from framework.checkpoint.source import CheckpointSource, check_config, fill, open_source
 from framework.data.buckets import Stream, open_streams
 from framework.data.config import StreamConfig
 from framework.data.loader import BatchBuilder
@@ -175,15 +175,37 @@ def initialise(fragments: list[Fragment], recipe: Recipe) -> None:
             fragment.copy_from(init_tensor(name, shape, generator, recipe.model))
 
 
-def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[ParameterShard]) -> list[str]:
+def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[ParameterShard], group: Group) -> list[str]:
     """Fill what `init_from` has of the weights; each rank reads its own slices. Returns what a person should know of
-    it. Raises ValueError.
+    it. A collective; raises ValueError on every rank.
     """
     if not recipe.init_from:
         return []
-    source = open_source(recipe.init_from, recipe.init_weights)
-    notes = source.notes if isinstance(source, DiffusersSource) else ()
-    return [*notes, *fill(fragments, source, {shard.name: shard.global_shape for shard in shards}).lines()]
+    lines = []
+    source: CheckpointSource | DiffusersSource | None = None
+    failure: str | None = None
+    try:
+        source = open_source(recipe.init_from, recipe.init_weights)
+        check_config(source, recipe.model)
+        report = fill(fragments, source, {shard.name: shard.global_shape for shard in shards})
+        lines = [*source.notes, *report.lines()]
+    except (ValueError, OSError) as error:
+        failure = str(error)
+    agree(gather_objects(failure, group))
+    try:
+        if isinstance(source, CheckpointSource):
+            source.check_share(gather_objects(source.reader.checked(), group), index=group.index)
+    except (ValueError, OSError) as error:
+        failure = str(error)
+    agree(gather_objects(failure, group))
+    return lines
+
+
+def agree(failures: list[str | None]) -> None:
+    """Raises ValueError where any rank failed."""
+    for failure in failures:
+        if failure is not None:
+            raise ValueError(failure)
 
 
 def build_encoders(recipe: Recipe) -> Encoders:

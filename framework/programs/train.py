@@ -89,7 +89,7 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     notes = list(invocation.notes)
     if resumed is None:
         build.initialise(fragments, recipe)
-        notes += build.take_weights(fragments, recipe, shards)
+        notes += build.take_weights(fragments, recipe, shards, mesh.control)
         ema.restart()
     else:
         notes += resumed.notes

@@ -135,7 +135,9 @@ class Tally:
 
 @dataclass
 class Soak:
-    """A run that is killed. outage: does something to the store in mid-save, and says what, or None."""
+    """A run that is killed. outage: does something to the store in mid-save, and says what, or None. environment:
+    variables of the ranks, besides their own.
+    """
 
     context: Any
     store: str
@@ -144,6 +146,7 @@ class Soak:
     random: random.Random
     tally: Tally = field(default_factory=Tally)
     outage: Callable[[], str | None] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
     run: Uninterrupted = field(default_factory=Uninterrupted)
     floor: int = 0  # a step that was committed
     typical: float = 0.1  # seconds of a save
@@ -162,6 +165,7 @@ class Soak:
             steps=steps,
             pause=self.random.choice([0.0, 0.02, 0.1]),
             checkpoint=config,
+            environment=tuple(self.environment.items()),
         )
 
     def cycle(self) -> str:
@@ -189,6 +193,7 @@ class Soak:
         return (
             f"{plan.num_ranks} ranks, stage {plan.stage}, {plan.checkpoint.layout}, every {plan.checkpoint.every}, "
             f"keep {plan.checkpoint.keep}: {words}; killed {who}, {moment}; {commits} saves, newest {found.newest}"
+            + ("" if alone else "; a rank had to be killed after the grace period")
         )
 
     def finish(self, steps: int = 7) -> str:

@@ -67,6 +67,7 @@ class Plan:
     stage: 1, a rank holds a range of all tensors one behind the other; 3, a range of each. steps: to do, 0 for no end.
     pause: seconds between steps, at most. stop: rank 0 stops itself (SIGSTOP) at (step, place): before it writes its
     files, before it writes the manifest when it has looked at the fence, or before it puts down where it began.
+    environment: variables of the ranks, besides their own.
     """
 
     store: str
@@ -76,6 +77,7 @@ class Plan:
     pause: float = 0.0
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     stop: tuple[int, Place] | None = None
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 def start_value(element: Tensor) -> Tensor:
@@ -159,6 +161,7 @@ def rank_main(plan: Plan, rank: int, port: int, pipe: Connection) -> None:
     def tell(kind: str, value: Any) -> None:
         pipe.send((kind, value, time.monotonic()))
 
+    os.environ |= dict(plan.environment)
     try:
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group(

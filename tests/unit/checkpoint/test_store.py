@@ -9,7 +9,7 @@ from stores import TinyState, open_saver, save_steps
 
 from framework.checkpoint.config import CheckpointConfig
 from framework.checkpoint.fence import Fence, TakenOver, claim
-from framework.checkpoint.find import finished_steps, newest, open_checkpoint
+from framework.checkpoint.find import finished_steps, list_checkpoints, newest, open_checkpoint
 from framework.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Entry, Progress
 from framework.checkpoint.retention import give_name, surplus
 from framework.run import RunFailure
@@ -157,6 +157,19 @@ def test_retention_and_names_in_a_store(tmp_path: Path) -> None:
     saver.close()
     assert steps(storage) == [1, 3]
     assert sorted(path.name for path in tmp_path.glob("step-*")) == [folder(1), folder(3, 1)]
+
+
+def test_a_name_keeps_what_no_longer_counts(tmp_path: Path) -> None:
+    """A later attempt went on from before it, as a person does who passes over a damaged one."""
+    storage = save_steps(tmp_path, [1, 2, 3])
+    give_name(storage, Entry(2, 0), "to-look-at")
+    second = claim(storage, first=0)
+    second.begin(1)
+    saver = open_saver(storage, TinyState().at(2), second, CheckpointConfig(keep=1))
+    saver.save(Progress(step=2))
+    saver.close()
+    assert list_checkpoints(storage)[0] == [Entry(2, 1)]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [folder(2), folder(2, 1)]
 
 
 def test_a_failing_write_is_tried_again_then_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
