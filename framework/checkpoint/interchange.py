@@ -19,11 +19,10 @@ from framework.checkpoint.records import StoredTensor, encode_metadata, write_di
 from framework.checkpoint.source import CheckpointSource, Weights
 from framework.checkpoint.write import Range, lay_out, put_checksummed, write_boxes
 from framework.models.config import LoraConfig, ModelConfig, is_adapter
-from framework.models.export import Merged, read_whole, write_diffusers, write_lora
+from framework.models.export import Merged, check_complete, plan_tensors, read_whole, write_diffusers, write_lora
 from framework.models.source import TensorSource
 from framework.models.weights import DiffusersSource
 from framework.parallel.fragments import ParameterShard
-from framework.plan.parameters import parameter_shapes
 from framework.run import versions
 from framework.storage.storage import open_storage
 
@@ -76,10 +75,7 @@ def export(place: str, out: Path, request: ExportRequest) -> list[str]:
         case "lora":
             write_lora(out, lora, source, dtype=dtype, card=card)
         case "torch":
-            if out.exists():
-                raise ValueError(f"{out} is there already: name a new file, or remove it")
-            shapes = source.shapes()
-            write_dict(out, shapes, dtype, lambda name: read_whole(source, name, dtype))
+            write_dict(out, source, plan_tensors(source, dtype))
     step = reader.found.entry.step
     return [
         *held.notes,
@@ -130,10 +126,7 @@ def import_weights(place: str, store: str) -> list[str]:
     A run takes it by `init_from`, `export` gives it back. Raises ValueError.
     """
     source, storage = DiffusersSource(place), open_storage(store)
-    wanted = {parameter.name: parameter.shape for parameter in parameter_shapes(source.config)}
-    wrong = sorted(name for name, shape in wanted.items() if source.shapes().get(name) != shape)
-    if wrong:
-        raise ValueError(f"{source.name} lacks {wrong[0]}, or has it in another shape than its config.json says")
+    check_complete(source.config, source)
     storage.check()
     if storage.list("step-"):
         raise ValueError(f"{store} has checkpoints already: name a place of its own")
