@@ -45,7 +45,8 @@ class Fence:
             )
 
     def begin(self, step: int) -> None:
-        """Put down that this attempt goes on from `step`."""
+        """Put down that this attempt goes on from `step`. Raises TakenOver when a newer one has claimed the store."""
+        self.check()
         self.storage.put(f"fence/{self.attempt:04}-start.json", json.dumps({"step": step}).encode())
 
 

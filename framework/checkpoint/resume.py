@@ -91,12 +91,16 @@ def load_everywhere(
     if damage is not None or reader is None:
         return None, damage
     touched = reader.files_of({state for part in parts for state in part.states})
-    late: str | None = None
+    late = Part()
     try:
         reader.check_rest([part.checked for part in parts], touched=touched, index=group.index)
-    except (DamagedCheckpoint, OSError) as error:
-        late = str(error)
-    return reader, next((text for text in gather_objects(late, group) if text is not None), None)
+    except DamagedCheckpoint as error:
+        late = Part(damage=str(error))
+    except OSError as error:
+        late = Part(mistake=str(error)) if near is None else Part(damage=str(error))
+    everywhere = gather_objects(late, group)
+    agree(everywhere)
+    return reader, next((each.damage for each in everywhere if each.damage is not None), None)
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,11 @@ def load_here(
     try:
         reader = CheckpointReader(storage, found, near=near)
         reader.load(fragments)
-    except (DamagedCheckpoint, OSError) as error:
+    except DamagedCheckpoint as error:
         return None, Part(damage=str(error))
-    except ValueError as error:
-        return None, Part(mistake=str(error))
+    except (ValueError, OSError) as error:
+        # A store that can't be read isn't a damaged checkpoint, which would be passed over; a copy that can't is.
+        return None, Part(mistake=str(error)) if near is None else Part(damage=str(error))
     return reader, Part(checked=reader.checked(), states=tuple({fragment.state for fragment in fragments}))
 
 

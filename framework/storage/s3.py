@@ -6,6 +6,7 @@ it can't, such as wrong credentials or a bucket that isn't there, is told at onc
 """
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Final, TypeVar
 T = TypeVar("T")
 
 PATIENCE = 180.0  # seconds for which a server may be away
+CHECK_PATIENCE = 20.0  # the same before a run starts
 CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 15.0
 LONGEST_PAUSE = 5.0
@@ -128,13 +130,18 @@ class S3:
                 raise S3Error(f"s3://{self._bucket}/{error['Key']} can't be deleted: {error.get('Message')}")
 
     def check(self) -> None:
+        quick = S3(self.url, patience=min(self._patience, CHECK_PATIENCE), read_timeout=self._read_timeout)
         probe = f".probe-{uuid.uuid4().hex}"
         try:
-            self.list("fence/")
-            self.put(probe, b"")
-            self.delete([probe])
+            quick.list("fence/")
+            first, second = (quick.put_if_absent(probe, data) for data in (b"1", b"2"))
+            quick.delete([probe])
         except OSError as error:
             raise ValueError(str(error)) from None
+        if second or not first:
+            raise ValueError(
+                f"{self.url}: this server takes no conditional puts (If-None-Match), which the fence needs"
+            )
 
     def request(self, name: str, action: Callable[[Any], T]) -> T:
         """Run `action` on the client, again while that can help. Raises OSError."""
@@ -144,6 +151,10 @@ class S3:
         while True:
             try:
                 return action(self._client())
+            except ValueError as error:
+                if isinstance(error, BotoCoreError):
+                    raise self._explained(name, error) from None
+                raise S3Error(f"{self.url}/{name}: AWS_ENDPOINT_URL isn't the URL of a server") from None
             except (ClientError, BotoCoreError, OSError) as error:
                 if isinstance(error, S3Error):
                     raise
@@ -202,7 +213,8 @@ class S3:
             return FileNotFoundError(f"{place} isn't there")
         fix = next((fix for codes, fix in FIXES if code in codes), None)
         try:
-            endpoint = self._client().meta.endpoint_url
+            # Without what may stand before an @.
+            endpoint = re.sub(r"//[^/@]*@", "//", self._client().meta.endpoint_url)
         except Exception:  # no client can be made: the error itself says why
             endpoint = "none"
         if fix is None:
@@ -268,7 +280,8 @@ def passes(error: Exception) -> bool:
     from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
 
     if isinstance(error, ClientError):
-        return status_of(error) >= 500 or status_of(error) in (409, 429) or code_of(error) in PASSING
+        status = status_of(error)
+        return (status >= 500 and status != 501) or status in (409, 429) or code_of(error) in PASSING
     return isinstance(error, (ConnectionError, HTTPClientError, IncompleteReadError, OSError))
 
 

@@ -163,6 +163,17 @@ def test_mistakes_are_told_at_once(
     assert url in str(refusal.value) and not [word for word in SECRETS if word in str(refusal.value)]
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "part"),
+    [("not a url", "AWS_ENDPOINT_URL isn't the URL"), ("http://me:hunter2@127.0.0.1:1", "no answer")],
+)
+def test_odd_endpoints(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, endpoint: str, part: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(ValueError, match=part) as refusal:
+        S3("s3://vid/x", patience=0.5).check()
+    assert "hunter2" not in str(refusal.value)
+
+
 def test_urls_that_name_no_store() -> None:
     for url in ("s3://", "s3://key:secret@host/x", "gs://bucket/x"):
         with pytest.raises(ValueError, match="s3://bucket/prefix"):

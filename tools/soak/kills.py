@@ -255,13 +255,16 @@ class Soak:
         self.typical = sorted([*(seconds for _, seconds in saved), self.typical])[len(saved) // 2]
         self.tally.retries += sum("trying again" in text for text in running.values("report"))
         if len(saved) >= 2:  # retention after the first is over
-            self.check_retention(found, claimed[0], running.plan.checkpoint.keep)
+            self.check_retention(before, found, claimed[0], running.plan.checkpoint.keep)
         self.check_newest(found)
 
-    def check_retention(self, found: Scan, number: int, keep: int) -> None:
-        """What the attempt needn't keep is gone: at most one is on its way in, one on its way out."""
+    def check_retention(self, before: Scan, found: Scan, number: int, keep: int) -> None:
+        """What the attempt need not keep is gone: one may be on its way in. One that counted before may be on its way
+        out, its manifest gone and files still there.
+        """
         garbage = [entry for entry in found.folders if entry not in found.counted and entry[1] < number]
-        if garbage:
+        going = [entry for entry in garbage if entry in before.counted]
+        if len(going) > 1 or len(garbage) > len(going):
             raise Violation(f"attempt {number} has saved, and left what older ones had left: {garbage}")
         if not min(keep, 2) <= len(found.counted) <= keep + 1:
             raise Violation(f"attempt {number} keeps {keep}, there are {found.counted}")
