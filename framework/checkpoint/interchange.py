@@ -3,7 +3,7 @@
 All of it goes one tensor at a time, so that a machine with less memory than the model has will do.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
@@ -19,10 +19,10 @@ from framework.checkpoint.records import StoredTensor, encode_metadata, write_di
 from framework.checkpoint.source import CheckpointSource, Weights
 from framework.checkpoint.write import Range, lay_out, put_checksummed, write_boxes
 from framework.models.config import LoraConfig, ModelConfig, is_adapter
-from framework.models.export import Merged, read_whole, write_diffusers, write_lora
-from framework.models.weights import DiffusersSource, TensorSource
+from framework.models.export import Merged, check_complete, plan_tensors, read_whole, write_diffusers, write_lora
+from framework.models.source import TensorSource
+from framework.models.weights import DiffusersSource
 from framework.parallel.fragments import ParameterShard
-from framework.plan.parameters import parameter_shapes
 from framework.run import versions
 from framework.storage.storage import open_storage
 
@@ -48,6 +48,8 @@ def export(place: str, out: Path, request: ExportRequest) -> list[str]:
     """
     reader = CheckpointReader(*open_checkpoint(place, step=request.step))
     held = CheckpointSource(reader, request.weights)
+    if not held.average:
+        request = replace(request, weights="raw")
     config, lora = configs_of(reader)
     has_adapters = any(is_adapter(name) for name in held.shapes())
     source: TensorSource = held
@@ -73,12 +75,12 @@ def export(place: str, out: Path, request: ExportRequest) -> list[str]:
         case "lora":
             write_lora(out, lora, source, dtype=dtype, card=card)
         case "torch":
-            if out.exists():
-                raise ValueError(f"{out} is there already: name a new file, or remove it")
-            shapes = source.shapes()
-            write_dict(out, shapes, dtype, lambda name: read_whole(source, name, dtype))
+            write_dict(out, source, plan_tensors(source, dtype))
     step = reader.found.entry.step
-    return [f"{out}: {request.format}, {request.dtype}, {request.weights} weights of step {step} of {held.name}"]
+    return [
+        *held.notes,
+        f"{out}: {request.format}, {request.dtype}, {request.weights} weights of step {step} of {held.name}",
+    ]
 
 
 def configs_of(reader: CheckpointReader) -> tuple[ModelConfig, LoraConfig]:
@@ -124,10 +126,7 @@ def import_weights(place: str, store: str) -> list[str]:
     A run takes it by `init_from`, `export` gives it back. Raises ValueError.
     """
     source, storage = DiffusersSource(place), open_storage(store)
-    wanted = {parameter.name: parameter.shape for parameter in parameter_shapes(source.config)}
-    wrong = sorted(name for name, shape in wanted.items() if source.shapes().get(name) != shape)
-    if wrong:
-        raise ValueError(f"{source.name} lacks {wrong[0]}, or has it in another shape than its config.json says")
+    check_complete(source.config, source)
     storage.check()
     if storage.list("step-"):
         raise ValueError(f"{store} has checkpoints already: name a place of its own")
@@ -145,7 +144,8 @@ def import_weights(place: str, store: str) -> list[str]:
     manifest = Manifest(Progress(), origin, files, {"model": asdict(source.config)})
     storage.put(f"{entry.folder}/{MANIFEST}", encode_manifest(manifest))
     size = sum(prod(shape) for shape in shapes.values())
-    return [f"{storage.url}/{entry.folder}: {len(shapes)} tensors, {size:,} parameters of {source.name}"]
+    line = f"{storage.url}/{entry.folder}: {len(shapes)} tensors, {size:,} parameters of {source.name}"
+    return [*source.notes, line]
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,23 @@ from torch import Tensor
 
 from framework.checkpoint.find import open_checkpoint
 from framework.checkpoint.read import Checked, CheckpointReader
-from framework.models.weights import DiffusersSource, TensorSource, is_diffusers
+from framework.models.config import ModelConfig
+from framework.models.source import TensorSource
+from framework.models.weights import DiffusersSource, is_diffusers
 from framework.parallel.fragments import Fragment
 
 Weights = Literal["ema", "raw"]
+# Two models that differ in these may have the same shapes.
+UNSEEN_IN_SHAPES = ("num_attention_heads", "attention_head_dim", "eps")
 SHOWN = 6  # patterns of names that a report spells out
 
 
 class CheckpointSource:
-    """`TensorSource` of a checkpoint. weights: ema takes the average of what has one, raw the weights themselves."""
+    """`TensorSource` of a checkpoint. weights: ema takes the average of what has one, raw the weights themselves.
+
+    average: whether there is one among them. config: of the model, None where the checkpoint doesn't say. notes: what
+    a person should know.
+    """
 
     def __init__(self, reader: CheckpointReader, weights: Weights) -> None:
         self.reader = reader
@@ -28,6 +36,12 @@ class CheckpointSource:
         names = [key.removeprefix("model.") for key in reader.tensors if key.startswith("model.")]
         averaged = weights == "ema"
         self._keys = {n: f"ema.{n}" if averaged and f"ema.{n}" in reader.tensors else f"model.{n}" for n in names}
+        self.average = any(key.startswith("ema.") for key in self._keys.values())
+        trained = any(key.startswith("exp_avg.") for key in reader.tensors)
+        missed = averaged and trained and not self.average
+        self.notes = (f"{self.name} holds no average of the weights: those themselves are taken",) if missed else ()
+        stored = reader.found.manifest.config.get("model")
+        self.config = None if stored is None else ModelConfig(**stored)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: self.reader.tensors[key].shape for name, key in self._keys.items()}
@@ -47,11 +61,21 @@ class CheckpointSource:
         return {key.partition(".")[0] for key in self._keys.values()}
 
 
-def open_source(place: str, weights: Weights) -> TensorSource:
+def open_source(place: str, weights: Weights) -> CheckpointSource | DiffusersSource:
     """The weights at a place. Raises ValueError."""
     if is_diffusers(place):
         return DiffusersSource(place)
     return CheckpointSource(CheckpointReader(*open_checkpoint(place)), weights)
+
+
+def check_config(source: CheckpointSource | DiffusersSource, ours: ModelConfig) -> None:
+    """Raises ValueError where weights are of a model that computes something else with the same shapes."""
+    theirs = source.config
+    differing = [key for key in UNSEEN_IN_SHAPES if theirs is not None and getattr(theirs, key) != getattr(ours, key)]
+    if differing:
+        here = ", ".join(f"{key}={getattr(ours, key)}" for key in differing)
+        fix = " ".join(f"model.{key}={getattr(theirs, key)}" for key in differing)
+        raise ValueError(f"the weights of {source.name} are of another model than this one with {here}: set {fix}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from framework.checkpoint.fence import Fence, claim
-from framework.checkpoint.source import CheckpointSource, fill, open_source
+from framework.checkpoint.source import CheckpointSource, check_config, fill, open_source
 from framework.data.buckets import Stream, open_streams
 from framework.data.config import StreamConfig
 from framework.data.loader import BatchBuilder
@@ -24,7 +24,7 @@ from framework.keys import key
 from framework.models.dit import DiT
 from framework.models.initialise import init_tensor
 from framework.models.parallelize import parallelize
-from framework.models.weights import TensorSource
+from framework.models.weights import DiffusersSource
 from framework.parallel.collectives import broadcast_object, gather_objects
 from framework.parallel.config import resolve_mesh
 from framework.parallel.fragments import Fragment, ParameterShard
@@ -182,11 +182,13 @@ def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[Paramet
     if not recipe.init_from:
         return []
     lines = []
-    source: TensorSource | None = None
+    source: CheckpointSource | DiffusersSource | None = None
     failure: str | None = None
     try:
         source = open_source(recipe.init_from, recipe.init_weights)
-        lines = fill(fragments, source, {shard.name: shard.global_shape for shard in shards}).lines()
+        check_config(source, recipe.model)
+        report = fill(fragments, source, {shard.name: shard.global_shape for shard in shards})
+        lines = [*source.notes, *report.lines()]
     except (ValueError, OSError) as error:
         failure = str(error)
     agree(gather_objects(failure, group))

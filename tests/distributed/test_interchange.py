@@ -60,10 +60,10 @@ def test_diffusers_loads_an_export(recipe: Path, tmp_path: Path, weights: str, d
     model = WanTransformer3DModel.from_pretrained(out, torch_dtype=kind)
     stored = plain_load(newest_folder(run))
     prefix = "ema." if weights == "ema" else "model."
-    expected = {key.removeprefix(prefix): value.to(kind) for key, value in stored.items() if key.startswith(prefix)}
+    expected = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
     state = model.state_dict()
     assert state.keys() == expected.keys()
-    # diffusers keeps some modules in float32 whatever it is asked for.
+    # What diffusers keeps in float32, whatever it is asked for, was never rounded.
     assert all(torch.equal(state[name], value.to(state[name].dtype)) for name, value in expected.items())
     card = (out / "README.md").read_text()
     assert "| step | 3 |" in card and f"| dtype | {dtype} |" in card
@@ -199,13 +199,15 @@ def newest_folder_of(store: Path) -> Path:
 
 
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 from framework.checkpoint.interchange import ExportRequest, export
 store, out, format = sys.argv[1:]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not ru_maxrss, which a child inherits from the process that started it: then nothing ever grows.
+memory = lambda key: int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
+before = memory("VmRSS")
 export(store, Path(out), ExportRequest(format, "raw", "float32"))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+print((memory("VmHWM") - before) >> 10)
 """
 
 
