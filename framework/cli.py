@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from framework import cli_checkpoint, log
-from framework.checkpoint.find import finished_steps, open_checkpoint, store_of
+from framework.checkpoint.find import open_checkpoint
 from framework.environment import Environment, read_environment, visible_gpus
 from framework.launch.check import check_machine, check_start, check_store
 from framework.launch.local import run_local, write_failure
@@ -81,13 +81,12 @@ def train(
     invocation = resolve_invocation(recipe, overrides or [])
     env = read_environment()
     wanted = invocation.recipe.train.steps
-    if (done := finished_steps(store_of(invocation.recipe))) >= wanted:
-        if env is None or env.is_first:
-            log.line(f"the run {invocation.recipe.run} is finished: {done} of {wanted} steps are done")
-    elif env is None:
-        launch(invocation.recipe, ["train", str(recipe), *(overrides or [])])
-    else:
+    if env is not None:
         train_rank(invocation, env)
+    elif (done := check_store(invocation.recipe)) >= wanted:
+        log.line(f"the run {invocation.recipe.run} is finished: {done} of {wanted} steps are done")
+    else:
+        launch(invocation.recipe, ["train", str(recipe), *(overrides or [])])
 
 
 @app.command()
@@ -180,7 +179,6 @@ def launch(recipe: Recipe, arguments: list[str]) -> None:
     """Check what can be checked here, then start the local ranks."""
     num_gpus = visible_gpus()
     shape = check_start(recipe, num_ranks=None, num_gpus=num_gpus)
-    check_store(recipe)
     check_machine(shape, num_gpus=num_gpus)
     raise typer.Exit(run_local(arguments, world_size=shape.world_size))
 

@@ -11,7 +11,7 @@ import typer
 
 from framework import log
 from framework.checkpoint.find import list_checkpoints, open_checkpoint, open_place
-from framework.checkpoint.manifest import DamagedCheckpoint, read_manifest
+from framework.checkpoint.manifest import DamagedCheckpoint, entry_of, read_manifest
 from framework.checkpoint.retention import give_name, names_of
 
 app = typer.Typer(
@@ -76,8 +76,10 @@ def verify(
     from framework.checkpoint.read import CheckpointReader
 
     steps: list[int | None] = [step]
-    if all_:
+    if all_ and entry_of(place.rstrip("/").rpartition("/")[2]) is None:
         steps = [entry.step for entry in list_checkpoints(open_place(place))[0]]
+        if not steps:
+            raise ValueError(f"{place} has no checkpoint")
     damaged = False
     for each in steps:
         try:
@@ -86,7 +88,7 @@ def verify(
             log.line(
                 f"{reader.found.entry.folder}: {len(reader.found.manifest.files)} files, {count:,} bytes, all whole"
             )
-        except DamagedCheckpoint as damage:
+        except (DamagedCheckpoint, OSError) as damage:
             log.error(f"error: {damage}")
             damaged = True
     if damaged:

@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import subprocess
+import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -34,6 +35,7 @@ from framework.recipe import (
     resolve_auto,
     to_yaml,
 )
+from framework.storage.directory import Directory
 
 # Keys that neither change the data order nor the loss nor the model: free on resume. train.steps only upward.
 FREE = (
@@ -55,6 +57,7 @@ FREE = (
 BOUND = ("checkpoint.store", "train.trainable")  # not free although the above match it
 
 CHECKPOINTS = "checkpoints"
+IDENTITY = "identity"
 
 
 class RunFailure(RuntimeError):
@@ -137,6 +140,20 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def run_identity(path: Path) -> str | None:
+    """A run's own id, by which a store of checkpoints knows whose they are; None where there is no run yet."""
+    file = path / "attempts" / IDENTITY
+    return file.read_text() if file.is_file() else None
+
+
+def make_identity(path: Path) -> str:
+    """A run's id, made at its first attempt."""
+    Directory(str(path / "attempts")).put_if_absent(IDENTITY, uuid.uuid4().hex.encode())
+    identity = run_identity(path)
+    assert identity is not None
+    return identity
 
 
 def is_run(path: Path) -> bool:

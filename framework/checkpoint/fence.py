@@ -1,6 +1,7 @@
 """The fence: of two attempts at one store, the older can't commit any more.
 
-    STORE/fence/0003.json         attempt 3 has claimed the store: created by one client only
+    STORE/run.json                whose store it is
+          fence/0003.json         attempt 3 has claimed it: created by one client only
           fence/0003-start.json   {"step": 400}: where it began
 
 An attempt claims before it looks for the newest checkpoint, and looks for newer claims before it commits. Between that
@@ -21,6 +22,7 @@ from framework.checkpoint.manifest import Entry
 from framework.storage.storage import Storage
 
 FENCE: Final = re.compile(r"fence/(\d{4,})\.json")
+OWNER: Final = "run.json"
 START: Final = re.compile(r"fence/(\d{4,})-start\.json")
 
 
@@ -48,6 +50,24 @@ class Fence:
         """Put down that this attempt goes on from `step`. Raises TakenOver when a newer one has claimed the store."""
         self.check()
         self.storage.put(f"fence/{self.attempt:04}-start.json", json.dumps({"step": step}).encode())
+
+
+def own(storage: Storage, identity: str, run: str) -> None:
+    """Make a store this run's. Raises ValueError where it is another's. run: its directory, for a person."""
+    storage.put_if_absent(OWNER, json.dumps({"id": identity, "run": run}).encode())
+    check_owner(storage, identity)
+
+
+def check_owner(storage: Storage, identity: str | None) -> None:
+    """Raises ValueError where the store is another run's. identity: None for a run that there isn't yet."""
+    if OWNER not in storage.list(OWNER):
+        return
+    owner = json.loads(storage.read(OWNER))
+    if owner["id"] != identity:
+        raise ValueError(
+            f"{storage.url} holds the checkpoints of another run, {owner['run']}: give this one a place of its own "
+            "(checkpoint.store=...); to begin with that one's weights say init_from"
+        )
 
 
 def latest_claim(names: dict[str, int]) -> int:

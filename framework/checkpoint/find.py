@@ -57,12 +57,6 @@ def newest(storage: Storage, *, fall_back: bool = False) -> Found | None:
     return next((found for found in candidates(storage, fall_back=fall_back) if isinstance(found, Found)), None)
 
 
-def finished_steps(storage: Storage) -> int:
-    """Optimizer steps of the newest checkpoint in a store, 0 when there is none."""
-    entries, _ = list_checkpoints(storage)
-    return entries[-1].step if entries else 0
-
-
 def open_place(place: str) -> Storage:
     """The store at a run directory, or at a place by its own name."""
     if "://" not in place and is_run(Path(place)):

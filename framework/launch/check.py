@@ -2,7 +2,9 @@
 
 import os
 from fnmatch import fnmatchcase
+from pathlib import Path
 
+from framework.checkpoint.fence import check_owner
 from framework.checkpoint.find import check_source, newest, store_of
 from framework.data.buckets import bucket_views, check_held_out, open_streams
 from framework.data.config import StreamConfig
@@ -10,20 +12,24 @@ from framework.models.config import is_adapter
 from framework.parallel.config import MeshShape, resolve_mesh, split_shape
 from framework.plan.parameters import parameter_shapes
 from framework.recipe import Recipe, bucket_degrees, check_kernel
+from framework.run import run_identity
 from framework.tokenizer.config import tokenizer_version
 
 # Without GPUs ranks are for trying things out; beyond this they only starve each other.
 RANKS_A_CORE = 8
 
 
-def check_store(recipe: Recipe) -> None:
+def check_store(recipe: Recipe) -> int:
     """Whether checkpoints can be written where the recipe says, and gone on from. Raises ValueError. Reads a listing
-    and one manifest.
+    and one manifest. Returns the steps that are done.
     """
     storage = store_of(recipe)
     storage.check()
-    if newest(storage, fall_back=recipe.resume.fall_back) is None and recipe.init_from:
+    check_owner(storage, run_identity(Path(recipe.run)))
+    found = newest(storage, fall_back=recipe.resume.fall_back)
+    if found is None and recipe.init_from:
         check_source(recipe.init_from)
+    return 0 if found is None else found.entry.step
 
 
 def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> MeshShape:

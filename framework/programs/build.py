@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from framework.checkpoint.fence import Fence, claim
+from framework.checkpoint.fence import Fence, claim, own
 from framework.checkpoint.source import CheckpointSource, check_config, fill, open_source
 from framework.data.buckets import Stream, open_streams
 from framework.data.config import StreamConfig
@@ -31,7 +31,7 @@ from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import Group, Mesh, build_mesh, world_group
 from framework.parallel.zero.engine import Engine
 from framework.recipe import Recipe, bucket_degrees, flatten
-from framework.run import Run, latest_attempt, lock_run, open_attempt, store_recipe
+from framework.run import Run, RunFailure, latest_attempt, lock_run, make_identity, open_attempt, store_recipe
 from framework.storage.storage import Storage
 from framework.text.encoder import TextEncoder, build_text_encoder
 from framework.tokenizer.config import tokenizer_version
@@ -132,10 +132,24 @@ def open_run(recipe: Recipe, overrides: tuple[str, ...], mesh: Mesh, storage: St
     return run, Fence(storage, run.attempt)
 
 
+def begin(fence: Fence, step: int, group: Group) -> None:
+    """Put down where this attempt goes on. A collective; raises RunFailure on every rank when that can't be done."""
+    failure: str | None = None
+    if group.index == 0:
+        try:
+            fence.begin(step)
+        except OSError as error:
+            failure = str(error)
+    (failure,) = broadcast_object((failure,), group)
+    if failure is not None:
+        raise RunFailure(failure)
+
+
 def claim_run(path: Path, storage: Storage) -> int:
     """Claim the next attempt at a run and its store, both of which may have seen others; its number."""
     lock_run(path)
     storage.check()
+    own(storage, make_identity(path), str(path.resolve()))
     while True:
         fence = claim(storage, first=latest_attempt(path) + 1)
         if open_attempt(path, fence.attempt):

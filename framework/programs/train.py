@@ -94,9 +94,10 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     else:
         notes += resumed.notes
     progress = Progress() if resumed is None else resumed.found.manifest.progress
+    if progress.step >= recipe.train.steps:
+        notes.append(f"the run {recipe.run} is finished: {progress.step} of {recipe.train.steps} steps are done")
     engine.refresh(updates=progress.updates)
-    if mesh.rank == 0:
-        fence.begin(progress.step)
+    build.begin(fence, progress.step, mesh.control)
     subject = build_subject(recipe, mesh, shards, run, resumed)
     saver = Saver(storage, recipe.checkpoint, mesh, fence=fence, subject=subject, fragments=fragments)
     encoders = build.build_encoders(recipe)

@@ -129,6 +129,20 @@ def test_frozen_weights_are_stored_once(tmp_path: Path, tiny_shards: Path) -> No
     assert {name for name in manifest["files"] if name.startswith("../")} == {f"../frozen/{name}" for name in first}
 
 
+def test_weights_that_are_frozen_later_are_stored_then(tmp_path: Path, tiny_shards: Path) -> None:
+    """A run of everything goes on with less: its checkpoints stay whole, and it resumes from them."""
+    recipe = write_recipe(tmp_path, tiny_shards, ["mesh.dp=2", "train.steps=1", "checkpoint.every=1"])
+    run_ranks(ranks.train, 2, recipe, [])
+    whole = plain_load(newest_folder(tmp_path / "run"))
+    less = ["train.trainable=[proj_out.*]", "resume.allow=[train.trainable]"]
+    run_ranks(ranks.train, 2, recipe, [*less, "train.steps=2"])
+    run_ranks(ranks.train, 2, recipe, ["train.steps=3"])
+    after = plain_load(newest_folder(tmp_path / "run"))
+    assert {key for key in whole if key.startswith("model.")} == {key for key in after if key.startswith("model.")}
+    assert {key for key in after if key.startswith("exp_avg.")} == {"exp_avg.proj_out.weight", "exp_avg.proj_out.bias"}
+    assert all(np.array_equal(after[k], whole[k]) for k in after if k.startswith("model.") and "proj_out" not in k)
+
+
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -11,6 +11,7 @@ import pytest
 from stores import save_steps
 from tiny import write_latents
 
+from framework.checkpoint.fence import own
 from framework.recipe import load_recipe, resolve_auto
 from framework.run import Run, open_attempt, store_recipe
 from framework.shapes import ClipShape
@@ -177,6 +178,12 @@ def test_weights_to_begin_with_that_are_not_there(tiny_recipe: Path, tmp_path: P
     (tmp_path / "empty").mkdir()
     assert "empty has no checkpoint yet" in refused("train", str(tiny_recipe), "init_from=empty", folder=tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_store_of_another_run(tiny_recipe: Path, tmp_path: Path) -> None:
+    own(save_steps(tmp_path / "store", [1]), "somebody", "runs/other")
+    message = refused("train", str(tiny_recipe), "checkpoint.store=store", folder=tmp_path)
+    assert "store holds the checkpoints of another run, runs/other" in message and "init_from" in message
 
 
 def test_another_store_than_the_run_s(tiny_recipe: Path, tmp_path: Path) -> None:

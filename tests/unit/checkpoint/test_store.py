@@ -8,8 +8,8 @@ import pytest
 from stores import TinyState, open_saver, save_steps
 
 from framework.checkpoint.config import CheckpointConfig
-from framework.checkpoint.fence import Fence, TakenOver, claim
-from framework.checkpoint.find import finished_steps, list_checkpoints, newest, open_checkpoint
+from framework.checkpoint.fence import Fence, TakenOver, check_owner, claim, own
+from framework.checkpoint.find import list_checkpoints, newest, open_checkpoint
 from framework.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Entry, Progress
 from framework.checkpoint.retention import give_name, surplus
 from framework.run import RunFailure
@@ -30,7 +30,7 @@ def test_a_committed_checkpoint_is_found(tmp_path: Path) -> None:
     assert found is not None and found.manifest.progress == Progress(step=7, samples=28, updates=7)
     files = {path.name: path.stat().st_size for path in (tmp_path / folder(7)).iterdir() if path.name != MANIFEST}
     assert {name: file.size for name, file in found.manifest.files.items()} == files
-    assert finished_steps(storage) == 7 and finished_steps(Directory(str(tmp_path / "absent"))) == 0
+    assert newest(Directory(str(tmp_path / "absent"))) is None
 
 
 def test_without_a_manifest_there_is_none(tmp_path: Path) -> None:
@@ -79,7 +79,8 @@ def test_a_folder_of_something_else_is_nothing(tmp_path: Path) -> None:
     storage = save_steps(tmp_path, [3])
     shutil.copytree(tmp_path / folder(3), tmp_path / "step-00000009-0000.copy")
     shutil.copytree(tmp_path / folder(3), tmp_path / "copy-of-step-3")
-    assert finished_steps(storage) == 3
+    found = newest(storage)
+    assert found is not None and found.entry.step == 3
 
 
 def test_words_for_a_checkpoint(tmp_path: Path) -> None:
@@ -122,6 +123,18 @@ def test_a_commit_that_came_too_late_does_not_count(tmp_path: Path) -> None:
     Fence(storage, 1).begin(2)
     found = newest(storage)
     assert found is not None and found.entry == Entry(2, 0)
+
+
+def test_a_store_is_one_run_s(tmp_path: Path) -> None:
+    storage = save_steps(tmp_path, [1])
+    check_owner(storage, None)
+    own(storage, "a", "runs/a")
+    own(storage, "a", "runs/moved")
+    for identity in ("b", None):
+        with pytest.raises(ValueError, match=r"holds the checkpoints of another run, runs/a: .*checkpoint\.store"):
+            check_owner(storage, identity)
+    with pytest.raises(ValueError, match="another run, runs/a"):
+        own(storage, "b", "runs/b")
 
 
 def test_what_stays() -> None:
