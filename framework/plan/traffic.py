@@ -14,7 +14,7 @@ computes in, p of norms and modulation (at least 4). Forward and backward of a b
 
 `recompute=all` repeats the forward's, `keep_attention` those of tp alone. Where weights are frozen, what no backward
 reaches (backward.py) exchanges nothing in it and isn't computed again. A step adds the loss (4 bytes over the world)
-and the stop flag (8).
+and the flags that ask to stop (16).
 
 What a ZeRO engine sends is in zero_traffic.py.
 """
@@ -91,7 +91,7 @@ def own_ledger(recipe: Recipe, shape: MeshShape, rank: int, micros: Sequence[Mic
                 account.add("tp", "replicated", 2 * share(size, degrees.tp), 1)
         add_context_parallel(account, recipe, degrees, rank, micro, reach)
     account.add("world", "loss", 2 * share(precise(recipe), shape.world_size), 1)
-    account.add("control", "stop", 2 * share(8, shape.world_size), 1)
+    account.add("control", "stop", 2 * share(16, shape.world_size), 1)
     if recipe.zero.engine == "fsdp2":
         account.add("tp", "grad_norm", 2 * share(8, shape.tp), 1)
     return account.ledger()
