@@ -16,6 +16,7 @@ from framework.checkpoint.records import StoredBox, record_head
 from framework.parallel.fragments import ParameterShard, range_boxes
 from framework.storage.storage import Storage, Writer
 
+ALIGNMENT = 64  # bytes; a copy into the page cache to odd addresses takes twice as long
 SMALL = 1 << 16  # bytes below which writes are gathered
 
 
@@ -39,7 +40,8 @@ class KeyedBox:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """A file of records. boxes, heads: in order, one of each a record; their elements follow each other in the staging
+    """A file of records. boxes, heads: in order, one of each a record (a head with zeros before it, so that the
+    elements begin at a multiple of ALIGNMENT); their elements follow each other in the staging
     buffer. num_bytes: of the whole file.
     """
 
@@ -57,7 +59,9 @@ def lay_out(name: str, state: str, ranges: Sequence[Range], dtype: torch.dtype) 
         shard = each.shard
         for box in range_boxes(shard.shape, each.start, each.start + each.num_elements):
             head = record_head(box.sizes, dtype)
-            position += len(head)
+            start = -(-(position + len(head)) // ALIGNMENT) * ALIGNMENT
+            head = bytes(start - len(head) - position) + head
+            position = start
             offset = tuple(a + b for a, b in zip(box.offset, shard.offset, strict=True))
             stored = StoredBox(offset, box.sizes, name, position)
             boxes.append(KeyedBox(f"{state}.{shard.name}", shard.global_shape, stored))
