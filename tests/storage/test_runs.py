@@ -42,7 +42,7 @@ def test_a_run_saves_to_a_bucket_and_resumes(object_store: ObjectStore, tiny_sha
     storage = open_storage(place)
     entries, names = list_checkpoints(storage)
     assert [(entry.step, entry.attempt) for entry in entries] == [(6, 1), (8, 2)]
-    assert {name.split("/")[0] for name in names} == {"fence", *(entry.folder for entry in entries)}
+    assert {name.split("/")[0] for name in names} == {"fence", "run.json", *(entry.folder for entry in entries)}
     assert CheckpointReader(*open_checkpoint(place)).check() > 0
 
 
