@@ -1,7 +1,7 @@
 """The run directory: its paths, the claim of an attempt, the stored recipe and the verdict.
 
     RUN/recipe.yaml  lineage.json  metrics.jsonl  validation.jsonl
-        checkpoints/step-00000100/   samples/   attempts/0000/{recipe.yaml,verdict.json,logs/}
+        checkpoints/step-00000100-0002/   samples/   attempts/0002/{recipe.yaml,verdict.json,logs/}
 
 Attempts are numbered by the fence in the checkpoints' store (checkpoint/fence.py): a process whose attempt is no
 longer the newest can't commit anything.

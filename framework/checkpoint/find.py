@@ -6,6 +6,7 @@ from pathlib import Path
 
 from framework.checkpoint.fence import counts, read_starts
 from framework.checkpoint.manifest import DamagedCheckpoint, Entry, Manifest, committed, entry_of, read_manifest
+from framework.models.saved import CONFIG, find_directory, is_diffusers
 from framework.recipe import Recipe
 from framework.run import CHECKPOINTS, is_run, recipe_of_run
 from framework.storage.storage import Storage, open_storage
@@ -66,11 +67,13 @@ def open_place(place: str) -> Storage:
 
 def check_source(place: str) -> None:
     """Raises ValueError where `init_from` names nothing to begin with; what is inside is checked when it is read."""
-    folder, _, part = place.partition(":") if "://" not in place else (place, "", "")
-    saved = [Path(folder) / part / "config.json", Path(folder) / "transformer" / "config.json"]
-    if "://" in place or not any(file.is_file() for file in saved):
-        if "://" not in place and not Path(folder).is_dir():
-            raise ValueError(f"init_from={place}: there is no directory {folder}")
+    if is_diffusers(place):
+        directory, _ = find_directory(place)
+        if not (directory / CONFIG).is_file():
+            raise ValueError(f"init_from={place}: {directory} is no directory saved by diffusers: it lacks {CONFIG}")
+    elif "://" not in place and not Path(place).is_dir():
+        raise ValueError(f"init_from={place}: there is no directory {place}")
+    else:
         open_checkpoint(place)
 
 

@@ -3,6 +3,10 @@
 All of it goes one tensor at a time, so that a machine with less memory than the model has will do.
 """
 
+import struct
+import tempfile
+import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from math import prod
@@ -11,15 +15,26 @@ from typing import Literal
 
 import torch
 
-from framework.checkpoint.fence import claim
+from framework.checkpoint.fence import claim, own
 from framework.checkpoint.find import open_checkpoint
 from framework.checkpoint.manifest import MANIFEST, METADATA, Entry, Manifest, Origin, Progress, encode_manifest
 from framework.checkpoint.read import CheckpointReader
-from framework.checkpoint.records import StoredTensor, encode_metadata, write_dict
+from framework.checkpoint.records import StoredTensor, TensorOfRecord, encode_metadata, file_head
 from framework.checkpoint.source import CheckpointSource, Weights
 from framework.checkpoint.write import Range, lay_out, put_checksummed, write_boxes
 from framework.models.config import LoraConfig, ModelConfig, is_adapter
-from framework.models.export import Merged, check_complete, plan_tensors, read_whole, write_diffusers, write_lora
+from framework.models.export import (
+    Merged,
+    Planned,
+    check_complete,
+    check_room,
+    copy_tensor,
+    plan_tensors,
+    read_whole,
+    total_bytes,
+    write_diffusers,
+    write_lora,
+)
 from framework.models.source import TensorSource
 from framework.models.weights import DiffusersSource
 from framework.parallel.fragments import ParameterShard
@@ -83,6 +98,24 @@ def export(place: str, out: Path, request: ExportRequest) -> list[str]:
     ]
 
 
+def write_dict(file: Path, source: TensorSource, tensors: Sequence[Planned]) -> None:
+    """Write a file that `torch.load` reads as a dict of tensors, part by part. Raises ValueError where it is there."""
+    if file.exists() or file.is_symlink():
+        raise ValueError(f"{file} is there already: name a new file, or remove it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    check_room(file.parent, total_bytes(tensors))
+    keys = [f"{number:08}" for number in range(len(tensors))]  # in order, as torch sorts them
+    held = {t.name: TensorOfRecord(key, t.shape, t.dtype) for t, key in zip(tensors, keys, strict=True)}
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", suffix=".partial", dir=file.parent) as folder:
+        partial = Path(folder) / file.name
+        with partial.open("xb") as stream:
+            stream.write(file_head(held, keys))
+            for tensor in tensors:
+                stream.write(struct.pack("<q", prod(tensor.shape)))
+                copy_tensor(source, tensor, stream)
+        partial.replace(file)
+
+
 def configs_of(reader: CheckpointReader) -> tuple[ModelConfig, LoraConfig]:
     """The configurations of a checkpoint's model and adapters. Raises ValueError where it has none."""
     stored = reader.found.manifest.config
@@ -130,6 +163,7 @@ def import_weights(place: str, store: str) -> list[str]:
     storage.check()
     if storage.list("step-"):
         raise ValueError(f"{store} has checkpoints already: name a place of its own")
+    own(storage, uuid.uuid4().hex, f"the weights of {source.name}")
     fence = claim(storage, first=0)
     fence.begin(0)
     entry, shapes = Entry(0, fence.attempt), source.shapes()

@@ -22,18 +22,19 @@ def local_directory(local: str, storage: Storage) -> Directory:
     return Directory(str(Path(local) / xxhash.xxh3_64_hexdigest(place)))
 
 
-class LocalCopies(Directory):
-    """The copies of one node, as one of its ranks uses them."""
+class LocalCopies:
+    """The copies of one node, as one of its ranks uses them. directory: where they are written first."""
 
     def __init__(self, local: str, storage: Storage) -> None:
-        super().__init__(local_directory(local, storage).url)
+        self.directory = local_directory(local, storage)
         self._storage = storage
 
     def flush(self, folder: str, files: dict[str, StoredFile]) -> None:
         """Copy this rank's files to the store. Raises OSError, also where one isn't what was written."""
         for name, stored in files.items():
-            copy_file(self, self._storage, f"{folder}/{name}", stored)
+            copy_file(self.directory, self._storage, f"{folder}/{name}", stored)
 
     def keep_only(self, folder: str) -> None:
         """Delete everything of other checkpoints, by whichever rank: what is committed was flushed."""
-        self.delete(name for name in self.list() if entry_of(name) is not None and not name.startswith(f"{folder}/"))
+        names = self.directory.list()
+        self.directory.delete(n for n in names if entry_of(n) is not None and not n.startswith(f"{folder}/"))

@@ -57,10 +57,7 @@ class Boxes:
 
 
 class CheckpointReader:
-    """A checkpoint to read from. near: a store that may hold copies of its files, and is quicker.
-
-    It is a TensorSource of its weights (`models/source.py`) by `weights`.
-    """
+    """A checkpoint to read from. near: a store that may hold copies of its files, and is quicker."""
 
     def __init__(self, storage: Storage, found: Found, *, near: Storage | None = None) -> None:
         self.storage, self.found, self.stats = storage, found, ReadStats()

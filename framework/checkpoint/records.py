@@ -16,12 +16,10 @@ A pickle can run code. `.metadata` is read through a list of the few classes it 
 import io
 import pickle
 import struct
-import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -39,8 +37,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from framework.checkpoint.manifest import DamagedCheckpoint
-from framework.models.export import Planned, check_room, copy_tensor, total_bytes
-from framework.models.source import TensorSource
 
 Sizes = tuple[int, ...]
 
@@ -141,24 +137,6 @@ def file_head(value: object, keys: list[str]) -> bytes:
 def record_head(sizes: Sizes, dtype: torch.dtype) -> bytes:
     """What stands before the elements of a box."""
     return file_head(TensorOfRecord("0", sizes, dtype), ["0"]) + struct.pack("<q", prod(sizes))
-
-
-def write_dict(file: Path, source: TensorSource, tensors: Sequence[Planned]) -> None:
-    """Write a file that `torch.load` reads as a dict of tensors, part by part. Raises ValueError where it is there."""
-    if file.exists() or file.is_symlink():
-        raise ValueError(f"{file} is there already: name a new file, or remove it")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    check_room(file.parent, total_bytes(tensors))
-    keys = [f"{number:08}" for number in range(len(tensors))]  # in order, as torch sorts them
-    held = {t.name: TensorOfRecord(key, t.shape, t.dtype) for t, key in zip(tensors, keys, strict=True)}
-    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", suffix=".partial", dir=file.parent) as folder:
-        partial = Path(folder) / file.name
-        with partial.open("xb") as stream:
-            stream.write(file_head(held, keys))
-            for tensor in tensors:
-                stream.write(struct.pack("<q", prod(tensor.shape)))
-                copy_tensor(source, tensor, stream)
-        partial.replace(file)
 
 
 def encode_metadata(tensors: Mapping[str, StoredTensor]) -> bytes:

@@ -13,8 +13,9 @@ from torch import Tensor
 from framework.checkpoint.find import open_checkpoint
 from framework.checkpoint.read import Checked, CheckpointReader
 from framework.models.config import ModelConfig
+from framework.models.saved import is_diffusers
 from framework.models.source import TensorSource
-from framework.models.weights import DiffusersSource, is_diffusers
+from framework.models.weights import DiffusersSource
 from framework.parallel.fragments import Fragment
 
 Weights = Literal["ema", "raw"]

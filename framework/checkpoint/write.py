@@ -41,8 +41,8 @@ class KeyedBox:
 @dataclass(frozen=True)
 class FileLayout:
     """A file of records. boxes, heads: in order, one of each a record (a head with zeros before it, so that the
-    elements begin at a multiple of ALIGNMENT); their elements follow each other in the staging
-    buffer. num_bytes: of the whole file.
+    elements begin at a multiple of ALIGNMENT); their elements follow each other in the staging buffer. num_bytes: of
+    the whole file.
     """
 
     name: str

@@ -120,7 +120,7 @@ class CheckpointWriter:
             try:
                 self._local.keep_only(entry.folder)
             except OSError as error:  # the checkpoint is there all the same
-                log.error(f"older copies in {self._local.url} should go but can't be deleted: {cause(error)}")
+                log.error(f"older copies in {self._local.directory.url} should go but can't be deleted: {cause(error)}")
         return failure
 
     def _ranges(self, state: str) -> list[Range]:
@@ -141,7 +141,7 @@ class CheckpointWriter:
             staged = buffer if self._exchange is None else self._exchange.run(buffer)
             try:
                 if failure is None:
-                    target = self._storage if self._local is None else self._local
+                    target = self._storage if self._local is None else self._local.directory
                     files[layout.name] = write_file(target, f"{folder}/{layout.name}", layout, staged)
             except Exception as error:
                 failure = failure_of(error)

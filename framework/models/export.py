@@ -2,7 +2,7 @@
 
 * diffusers: a directory as its `save_pretrained` makes it: safetensors in several files with an index, `config.json`.
 * LoRA: `pytorch_lora_weights.safetensors` with PEFT's names, as diffusers' `load_lora_weights` reads it.
-* torch: one file that `torch.load(weights_only=True)` reads as a dict (checkpoint/records.py).
+* torch: one file that `torch.load(weights_only=True)` reads as a dict (checkpoint/interchange.py).
 
 A safetensors file is 8 bytes with the length of its header, the header in JSON (dtype, shape and place of each tensor),
 and the tensors' bytes: as the shapes are known, the header is written first.
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from framework.models.adapters import ADAPTER_FILE, adapters_of, file_metadata, file_name, merged
 from framework.models.config import LoraConfig, ModelConfig, is_adapter
+from framework.models.saved import CONFIG
 from framework.models.source import Sizes, TensorSource, parts_of
-from framework.models.weights import CLASS_NAME, CONFIG, INDEX, SINGLE
+from framework.models.weights import CLASS_NAME, INDEX, SINGLE
 from framework.plan.parameters import parameter_shapes
 
 DIFFUSERS_VERSION = "0.39.0"  # the release whose layout this is

@@ -24,14 +24,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from framework.models.config import ModelConfig
+from framework.models.saved import CONFIG, find_directory
 from framework.models.source import Sizes, parts_of
 
 CLASS_NAME = "WanTransformer3DModel"
-CONFIG = "config.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-TRANSFORMER = "transformer"  # a pipeline's subfolder; the second expert of Wan 2.2 is transformer_2
-SECOND = "transformer_2"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Wan 2.1's image-to-video files hold a norm of the image's queries that no forward uses; diffusers skips it too.
 UNUSED = "norm_added_q"
@@ -124,33 +122,6 @@ def runs_of(shape: Sizes, offset: Sizes, sizes: Sizes) -> Iterator[tuple[int, in
     base = sum(o * s for o, s in zip(offset, strides, strict=True))
     for outer in itertools.product(*(range(n) for n in sizes[:dim])):
         yield base + sum(i * s for i, s in zip(outer, strides[:dim], strict=True)), run
-
-
-def is_diffusers(place: str) -> bool:
-    """Whether a word is for `DiffusersSource`, be it to say what is wrong with it."""
-    if "://" in place:
-        return False
-    if ":" in place and not Path(place).exists():
-        return True
-    directory, _ = find_directory(place)
-    return (directory / CONFIG).is_file()
-
-
-def find_directory(place: str) -> tuple[Path, tuple[str, ...]]:
-    """The directory that `DIR[:SUBFOLDER]` means, and what a person should know of the choice."""
-    root, colon, folder = place.rpartition(":")
-    if colon and not Path(place).is_dir():
-        if folder in ("", ".", "..") or "/" in folder:
-            raise ValueError(f"{place}: write DIR:SUBFOLDER, with the plain name of a subfolder, as in {root}:{SECOND}")
-        return Path(root) / folder, ()
-    directory = Path(place)
-    inner = directory / TRANSFORMER
-    if (directory / CONFIG).is_file() or not (inner / CONFIG).is_file():
-        return directory, ()
-    if not (directory / SECOND / CONFIG).is_file():
-        return inner, ()
-    note = f"{place} holds two transformers: {TRANSFORMER} (the expert of high noise) was taken; the other one is "
-    return inner, (f"{note}{place}:{SECOND}",)
 
 
 def read_config(file: Path) -> ModelConfig:

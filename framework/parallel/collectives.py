@@ -181,6 +181,11 @@ def gather_objects(value: T, group: Group) -> list[T]:
     return values
 
 
+def shared_failure(failure: str | None, group: Group) -> str | None:
+    """The failure of the first member that had one, on every member: what one can't do, none goes on from."""
+    return next((each for each in gather_objects(failure, group) if each is not None), None)
+
+
 def barrier(group: Group) -> None:
     """Wait for every member."""
     dist.barrier(group=group.process_group)

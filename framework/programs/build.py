@@ -25,7 +25,7 @@ from framework.models.dit import DiT
 from framework.models.initialise import init_tensor
 from framework.models.parallelize import parallelize
 from framework.models.weights import DiffusersSource
-from framework.parallel.collectives import broadcast_object, gather_objects
+from framework.parallel.collectives import broadcast_object, gather_objects, shared_failure
 from framework.parallel.config import resolve_mesh
 from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import Group, Mesh, build_mesh, world_group
@@ -140,8 +140,7 @@ def begin(fence: Fence, step: int, group: Group) -> None:
             fence.begin(step)
         except OSError as error:
             failure = str(error)
-    (failure,) = broadcast_object((failure,), group)
-    if failure is not None:
+    if (failure := shared_failure(failure, group)) is not None:
         raise RunFailure(failure)
 
 
@@ -205,21 +204,17 @@ def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[Paramet
         lines = [*source.notes, *report.lines()]
     except (ValueError, OSError) as error:
         failure = str(error)
-    agree(gather_objects(failure, group))
-    try:
-        if isinstance(source, CheckpointSource):
-            source.check_share(gather_objects(source.reader.checked(), group), index=group.index)
-    except (ValueError, OSError) as error:
-        failure = str(error)
-    agree(gather_objects(failure, group))
-    return lines
-
-
-def agree(failures: list[str | None]) -> None:
-    """Raises ValueError where any rank failed."""
-    for failure in failures:
-        if failure is not None:
+    if (failure := shared_failure(failure, group)) is not None:
+        raise ValueError(failure)
+    if isinstance(source, CheckpointSource):
+        by_rank = gather_objects(source.reader.checked(), group)
+        try:
+            source.check_share(by_rank, index=group.index)
+        except (ValueError, OSError) as error:
+            failure = str(error)
+        if (failure := shared_failure(failure, group)) is not None:
             raise ValueError(failure)
+    return lines
 
 
 def build_encoders(recipe: Recipe) -> Encoders:

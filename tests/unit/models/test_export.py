@@ -14,7 +14,7 @@ from sources import Held
 from torch import Tensor, nn
 from wan_cases import BATCH, CASES, randomise, worst
 
-from framework.checkpoint.records import write_dict
+from framework.checkpoint.interchange import write_dict
 from framework.models.adapters import ADAPTER_FILE
 from framework.models.config import LoraConfig, is_adapter
 from framework.models.export import Merged, plan_tensors, write_diffusers, write_lora
@@ -229,7 +229,7 @@ import sys
 from pathlib import Path
 import torch
 from framework.models.config import ModelConfig
-from framework.checkpoint.records import write_dict
+from framework.checkpoint.interchange import write_dict
 from framework.models.export import plan_tensors, write_diffusers
 from framework.plan.parameters import parameter_shapes
 

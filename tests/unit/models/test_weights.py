@@ -16,8 +16,9 @@ from wan_cases import CASES
 
 from framework.models.config import ModelConfig
 from framework.models.export import read_whole
+from framework.models.saved import is_diffusers
 from framework.models.source import parts_of
-from framework.models.weights import INDEX, SINGLE, DiffusersSource, is_diffusers, runs_of
+from framework.models.weights import INDEX, SINGLE, DiffusersSource, runs_of
 
 
 def _save(directory: Path, **config: Any) -> None:
