@@ -5,6 +5,7 @@ blocks only what is needed is read.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,9 +66,19 @@ class OpenFile:
         """Read the blocks first to last - 1 and fill the pieces inside them; returns the bytes read. Raises
         DamagedCheckpoint when a block isn't what was written.
         """
+        parts = self.fetch(first, last, pieces)
+        self.judge(first, last, parts)
+        return sum(len(part) for part in parts)
+
+    def fetch(self, first: int, last: int, pieces: Sequence[Piece]) -> list[memoryview]:
+        """Read the blocks first to last - 1, unchecked: their bytes in order, the pieces' in the pieces' places."""
         start, stop = first * self.block, min(last * self.block, self.stored.size)
         parts = fill_gaps(start, stop, pieces)
         self.storage.read_into(self.name, start, parts)
+        return parts
+
+    def judge(self, first: int, last: int, parts: Sequence[memoryview]) -> None:
+        """Compare the bytes of the blocks first to last - 1 with their checksums. Raises DamagedCheckpoint."""
         digest, index, left = xxhash.xxh3_64(), first, self.block
         for part in parts:
             rest = part
@@ -81,7 +92,6 @@ class OpenFile:
                     index, left = index + 1, self.block
         if index < last:
             self._judge(index, digest.hexdigest())
-        return stop - start
 
     def _judge(self, index: int, checksum: str) -> None:
         if checksum != self.stored.checksums[index]:
@@ -103,9 +113,14 @@ def read_pieces(file: OpenFile, pieces: list[Piece], stats: ReadStats) -> None:
     pieces = sorted((piece for piece in pieces if len(piece.out)), key=lambda piece: piece.start)
     stats.needed += sum(len(piece.out) for piece in pieces)
     whole = blocks_to_read(file, pieces)
-    for first, last in windows(whole):
-        inside = clip(pieces, first * file.block, last * file.block)
-        stats.read += file.read_blocks(first, last, inside)
+    with ThreadPoolExecutor(1) as ahead:  # reads a window while the one before is checked
+        coming = [
+            (first, last, ahead.submit(file.fetch, first, last, clip(pieces, first * file.block, last * file.block)))
+            for first, last in windows(whole)
+        ]
+        for first, last, parts in coming:
+            file.judge(first, last, parts.result())
+            stats.read += sum(len(part) for part in parts.result())
     for start, stop in gaps(whole, file.block):
         for group in neighbours(clip(pieces, start, stop), file.origin.gap):
             stats.read += read_group(file, group)

@@ -160,12 +160,14 @@ def measure(state: State, folder: Path, *, repeats: int, drop: bool, with_deepsp
     def ours(number: int) -> None:
         for old in (folder / "ours").glob("step-*"):
             shutil.rmtree(old)
+        os.sync()
         times.time("stall: ours", lambda: saver.save(Progress(step=number)))
         times.time("persist: ours", saver.wait)
 
     def raw(number: int) -> None:
-        times.time("stall: memcpy", lambda: target.copy_(source))
         shutil.rmtree(folder / "raw", ignore_errors=True)
+        os.sync()
+        times.time("stall: memcpy", lambda: target.copy_(source))
         times.time("persist: raw", lambda: write_raw(folder / "raw", state))
 
     def peer(number: int) -> None:
