@@ -9,8 +9,9 @@ repeat, in an order that changes:
               before left out); DeepSpeed's save_checkpoint, which writes 12 bytes a parameter (it has no EMA)
     persist   from the copy to the commit, the deletion of older ones left out: ours; the same bytes written raw to new
               files and fsync'd; dcp.async_save with its copy
-    steps     a step of matrix products: alone, and while our save is being written; what the write itself takes of the
-              CPU is measured too, as with no core to spare it comes out of the steps
+    steps     a step of matrix products: alone, while our save is being written, and while a thread writes the same
+              bytes raw; what the writes take of the CPU is measured too, as with no core to spare it comes out of the
+              steps
     load      ours, into memory that is there, every block checked; a raw read of the same bytes; dcp.load
 
 Files are in the page cache when they are read; --drop-caches (root) empties it first. `--plan` measures planning alone:
@@ -26,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -183,21 +185,33 @@ def measure(state: State, folder: Path, *, repeats: int, drop: bool, with_deepsp
         shutil.rmtree(folder / "deepspeed", ignore_errors=True)
         times.time("stall: deepspeed.save_checkpoint", lambda: engine.save_checkpoint(folder / "deepspeed"))
 
+    def beside(name: str, busy: Callable[[], bool]) -> None:
+        """How much fewer steps there are while something is written."""
+        count, cpu, begin = 0, 0.0, time.perf_counter()
+        while busy():
+            done, used = steps(a, 0.1)
+            count, cpu = count + done, cpu + used
+        seconds = time.perf_counter() - begin
+        alone, _ = steps(a, 2.0)
+        shares.add(f"slow-down beside {name}", 1 - (count / seconds) / (alone / 2.0))
+        shares.add(f"CPU of {name} / wall", max(0.0, (cpu - seconds) / seconds))
+
     def slow(number: int) -> None:
         for old in (folder / "ours").glob("step-*"):
             shutil.rmtree(old)
-        alone, _ = steps(a, 2.0)
+        os.sync()
         saver.save(Progress(step=number))
-        beside, cpu, begin = 0, 0.0, time.perf_counter()
-        while not saver.idle:
-            count, used = steps(a, 0.1)
-            beside, cpu = beside + count, cpu + used
-        seconds = time.perf_counter() - begin
+        beside("our save", lambda: not saver.idle)
         saver.wait()
-        shares.add("slow-down", 1 - (beside / seconds) / (alone / 2.0))
-        shares.add("CPU of the write / wall", max(0.0, (cpu - seconds) / seconds))
 
-    contestants = [ours, raw, peer, slow, *([zero] if engine is not None else [])]
+    def slow_raw(number: int) -> None:
+        shutil.rmtree(folder / "thread", ignore_errors=True)
+        os.sync()
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(write_raw, folder / "thread", state)
+            beside("a raw write", lambda: not writing.done())
+
+    contestants = [ours, raw, peer, slow, slow_raw, *([zero] if engine is not None else [])]
     for repeat in range(repeats):
         shift = repeat % len(contestants)
         for place, contestant in enumerate([*contestants[shift:], *contestants[:shift]]):
