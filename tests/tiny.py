@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from framework.data.index import SampleInfo
 from framework.data.shard_writer import ShardWriter
-from framework.data.shards import LATENT_SCHEMA, Caption, LatentSample, SampleInfo
+from framework.data.shards import LATENT_SCHEMA, Caption, LatentSample
 from framework.layers import apply_overrides
 from framework.shapes import ClipShape, latent_shape
 from framework.tokenizer.config import DctConfig, TokenizerConfig, tokenizer_strides, tokenizer_version

@@ -22,13 +22,13 @@ from torch import Tensor
 from framework.data.buckets import misfit
 from framework.data.config import BucketConfig
 from framework.data.decode import decode_clip, frame_stride, num_source_frames
+from framework.data.index import SampleInfo
 from framework.data.loader import encode_frames
 from framework.data.shard_writer import ShardWriter
 from framework.data.shards import (
     LATENT_SCHEMA,
     VIDEO_SCHEMA,
     LatentSample,
-    SampleInfo,
     ShardDirectory,
     VideoSample,
     write_json,
@@ -101,7 +101,7 @@ def encode_shards(
     something else, latents that aren't finite in `dtype`, nothing usable.
     """
     if source.schema != VIDEO_SCHEMA:
-        raise ValueError(f"{source.path} holds {source.schema}, not {VIDEO_SCHEMA}: latents can't be encoded again")
+        raise ValueError(f"{source.url} holds {source.schema}, not {VIDEO_SCHEMA}: latents can't be encoded again")
     if not buckets:
         raise ValueError("no bucket to encode for: give data.buckets at least one")
     for bucket in buckets:
@@ -111,7 +111,7 @@ def encode_shards(
         out, schema=LATENT_SCHEMA, tokenizer_version=tokenizer.version, part_size=part_size, shard_bytes=shard_bytes
     ) as writer:
         for bucket in buckets:
-            for index, info in enumerate(source.infos):
+            for index, info in enumerate(source.index):
                 name, fingerprint = f"{info.uid} {bucket.name}", _fingerprint(source, index, dtype)
                 if info.uid in broken or not segment_starts(info, bucket) or writer.covers(name, fingerprint):
                     continue
@@ -125,7 +125,7 @@ def encode_shards(
         misfits = _unfit(source, buckets) + list(broken.values())
         if not writer.num_samples:
             raise ValueError(
-                f"nothing to encode in {source.path}" + "".join(f"\n  {m.uid}: {m.detail}" for m in misfits)
+                f"nothing to encode in {source.url}" + "".join(f"\n  {m.uid}: {m.detail}" for m in misfits)
             )
         writer.finish()
         counts = Counter[str]()
@@ -169,7 +169,7 @@ def _latents(clip: np.ndarray, tokenizer: Encoder, dtype: Literal["float16", "fl
 def _unfit(source: ShardDirectory, buckets: Sequence[BucketConfig]) -> list[Misfit]:
     """The videos that fit no bucket, with the reason for each bucket."""
     found = []
-    for info in source.infos:
+    for info in source.index:
         reasons = [misfit(info, bucket) for bucket in buckets]
         if all(reasons):
             detail = "; ".join(f"{bucket.name}: {reason}" for bucket, reason in zip(buckets, reasons, strict=True))
@@ -181,7 +181,7 @@ def _tails(source: ShardDirectory, buckets: Sequence[BucketConfig], broken: Cont
     """What the segments leave over at the end of each video, for each bucket that it fits."""
     found = []
     for bucket in buckets:
-        for info in source.infos:
+        for info in source.index:
             starts = segment_starts(info, bucket)
             rest = info.frames - len(starts) * num_source_frames(bucket.frames, info.fps, bucket.fps)
             if starts and rest and info.uid not in broken:
@@ -191,5 +191,5 @@ def _tails(source: ShardDirectory, buckets: Sequence[BucketConfig], broken: Cont
 
 def _fingerprint(source: ShardDirectory, index: int, dtype: str) -> str:
     """Changes when the video, what is said about it, or the stored precision does; reads no shard."""
-    text = json.dumps([asdict(source.infos[index]), source.shard_sha1(index), dtype], sort_keys=True)
+    text = json.dumps([asdict(source.index[index]), source.shard_sha1(index), dtype], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

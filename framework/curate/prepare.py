@@ -15,8 +15,9 @@ from typing import Literal
 from framework.curate.captions import CaptionLine, read_captions
 from framework.curate.config import PrepareConfig
 from framework.data.decode import probe
+from framework.data.index import SampleInfo
 from framework.data.shard_writer import ShardWriter
-from framework.data.shards import MAX_SAMPLE_BYTES, VIDEO_SCHEMA, SampleInfo, VideoSample, write_json
+from framework.data.shards import MAX_SAMPLE_BYTES, VIDEO_SCHEMA, VideoSample, write_json
 
 Reason = Literal["broken", "no caption", "too short", "duplicate", "too large", "not a video", "no such file"]
 
@@ -73,7 +74,7 @@ def prepare(videos: Path, captions: Path, out: Path, *, config: PrepareConfig) -
             reasons = "".join(f"\n  {skip.file}: {skip.reason}, {skip.detail}" for skip in skipped)
             raise ValueError(f"nothing usable in {videos}" + (reasons or ": no file ends in " + ", ".join(_SUFFIXES)))
         shards = writer.finish()
-        report = PrepareReport(out, len(shards), sum(info.frames for info in shards.infos), tuple(skipped), kept)
+        report = PrepareReport(out, len(shards), int(shards.index.frames.sum()), tuple(skipped), kept)
         content = asdict(report) | {"num_skipped": report.num_skipped}
         del content["out"]
         write_json(out / "report.json", content)

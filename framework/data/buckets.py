@@ -1,18 +1,20 @@
 """Buckets as views: which samples of which stream can take a bucket's shape.
 
-A video fits when it is no smaller, no slower and no shorter: nothing is enlarged and no frame made up. A latent fits
-when it was encoded at exactly the bucket's shape. A sample may fit several buckets; a bucket without any is refused.
+A video fits when it is no smaller, no slower and no shorter: nothing is enlarged and no frame made up; an image is a
+video of one frame, and any frame of a video is an image. A latent fits when it was encoded at exactly the bucket's
+shape. A bucket may also ask for the least value of a score, and for the most that is cropped away. A sample may fit
+several buckets; a bucket without any is refused.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from framework.data.config import BucketConfig, StreamConfig
 from framework.data.decode import num_source_frames
+from framework.data.index import SampleIndex, SampleInfo, index_of
 from framework.data.order import View
-from framework.data.shards import LATENT_SCHEMA, SampleInfo, ShardDirectory, open_shards
+from framework.data.shards import LATENT_SCHEMA, ShardDirectory, open_shards
 
 # How far below a bucket's rate a video may be: 23.976 and 29.97 (NTSC's 1000/1001) count as 24 and 30.
 FPS_SLACK = 0.002
@@ -39,22 +41,57 @@ def open_streams(configs: list[StreamConfig], *, tokenizer_version: str) -> list
     return streams
 
 
-def fits(info: SampleInfo, bucket: BucketConfig, *, latent: bool) -> bool:
-    """Whether a sample can take the bucket's shape."""
-    if not latent:
-        return misfit(info, bucket) is None
-    same_rate = bucket.fps is None or abs(info.fps - bucket.fps) < 1e-3
-    return (info.frames, info.height, info.width) == (bucket.frames, bucket.height, bucket.width) and same_rate
+def fitting(index: SampleIndex, bucket: BucketConfig, *, latent: bool) -> np.ndarray:
+    """Which samples can take the bucket's shape, `n` bool."""
+    return ~np.logical_or.reduce(list(misfits(index, bucket, latent=latent).values()))
+
+
+def misfits(index: SampleIndex, bucket: BucketConfig, *, latent: bool = False) -> dict[str, np.ndarray]:
+    """Why samples don't fit a bucket: reason -> which, `n` bool."""
+    low = np.zeros(len(index), dtype=bool)
+    for name, least in bucket.scores.items():
+        low |= ~(index.scores[name] >= least) if name in index.scores else True
+    if latent:
+        columns = zip((index.frames, index.heights, index.widths), bucket.size, strict=True)
+        other = np.logical_or.reduce([column != size for column, size in columns])
+        if bucket.fps is not None:
+            other |= np.abs(index.fps - bucket.fps) >= 1e-3
+        return {"another shape": other, "score too low": low}
+    none = np.zeros(len(index), dtype=bool)
+    timed = bucket.fps is not None and bucket.frames > 1
+    span = np.floor((bucket.frames - 1) * (index.fps / bucket.fps if bucket.fps and timed else 1.0) + 0.5) + 1
+    return {
+        "too few pixels": (index.heights < bucket.height) | (index.widths < bucket.width),
+        "too slow": index.fps < bucket.fps * (1 - FPS_SLACK) if bucket.fps and timed else none,
+        "too short": index.frames < span,
+        "cropped too much": cropped_share(index, bucket) > bucket.max_crop,
+        "score too low": low,
+    }
+
+
+def cropped_share(index: SampleIndex, bucket: BucketConfig) -> np.ndarray:
+    """Share of each video's picture that a crop to the bucket's aspect ratio cuts off, `n`."""
+    ratio = index.widths * bucket.height / (index.heights * bucket.width)
+    return 1 - np.minimum(ratio, 1 / ratio)
 
 
 def misfit(info: SampleInfo, bucket: BucketConfig) -> str | None:
-    """Why a video doesn't fit a bucket, or None when it does."""
-    if info.height < bucket.height or info.width < bucket.width:
-        return f"{info.height}x{info.width} pixels are fewer than {bucket.height}x{bucket.width}"
-    if bucket.fps is not None and info.fps < bucket.fps * (1 - FPS_SLACK):
-        return f"{info.fps:g} frames a second are fewer than {bucket.fps:g}"
-    span = num_source_frames(bucket.frames, info.fps, bucket.fps)
-    return None if info.frames >= span else f"{info.frames} frames are fewer than the {span} that {bucket.name} takes"
+    """Why a video doesn't fit a bucket, with the numbers, or None when it does."""
+    index = index_of([info])
+    reason = next((reason for reason, which in misfits(index, bucket).items() if which[0]), None)
+    match reason:
+        case "too few pixels":
+            return f"{info.height}x{info.width} pixels are fewer than {bucket.height}x{bucket.width}"
+        case "too slow":
+            return f"{info.fps:g} frames a second are fewer than {bucket.fps:g}"
+        case "too short":
+            span = num_source_frames(bucket.frames, info.fps, bucket.fps)
+            return f"{info.frames} frames are fewer than the {span} that {bucket.name} takes"
+        case "cropped too much":
+            return f"{cropped_share(index, bucket)[0]:.0%} of the picture would be cropped, over {bucket.max_crop:.0%}"
+        case "score too low":
+            return f"its scores {info.scores} are below {dict(bucket.scores)}"
+    return None
 
 
 def bucket_views(streams: list[Stream], buckets: list[BucketConfig]) -> list[list[View]]:
@@ -62,11 +99,14 @@ def bucket_views(streams: list[Stream], buckets: list[BucketConfig]) -> list[lis
     views = [[view_of(stream, index, bucket) for index, stream in enumerate(streams)] for bucket in buckets]
     for bucket, row in zip(buckets, views, strict=True):
         if not any(view.num_samples for view in row):
-            infos = [info for stream in streams for info in stream.shards.infos]
-            shapes = sorted({(info.frames, info.height, info.width) for info in infos}, reverse=True)
-            largest = ", ".join("x".join(map(str, shape)) for shape in shapes[:3])
+            shapes = set[tuple[int, int, int]]()
+            for stream in streams:
+                index = stream.shards.index
+                shapes |= set(map(tuple, np.unique(np.stack([index.frames, index.heights, index.widths], 1), axis=0)))
+            largest = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes, reverse=True)[:3])
+            count = sum(len(stream.shards) for stream in streams)
             raise ValueError(
-                f"no sample fits the bucket {bucket.clip}: the {len(infos)} samples of the streams are {largest}"
+                f"no sample fits the bucket {bucket.clip}: the {count} samples of the streams are {largest}"
                 f"{', ...' if len(shapes) > 3 else ''} (frames x height x width); latents need exactly the "
                 f"bucket's shape"
             )
@@ -75,21 +115,19 @@ def bucket_views(streams: list[Stream], buckets: list[BucketConfig]) -> list[lis
 
 def view_of(stream: Stream, index: int, bucket: BucketConfig) -> View:
     """The bucket's view of one stream. Its name keys the order, so it holds neither path nor mesh."""
-    latent = stream.shards.schema == LATENT_SCHEMA
-    kept = np.array([fits(info, bucket, latent=latent) for info in stream.shards.infos], dtype=bool)
+    kept = fitting(stream.shards.index, bucket, latent=stream.shards.schema == LATENT_SCHEMA)
     edges = np.cumsum([0, *stream.shards.shard_sizes])
-    by_shard = tuple(np.flatnonzero(kept[a:b]) + a for a, b in itertools.pairwise(edges))
-    return View(f"{index}/{bucket.name}", by_shard)
+    counts = np.concatenate([[0], np.cumsum(kept)])[edges]
+    return View(f"{index}/{bucket.name}", None if kept.all() else np.flatnonzero(kept), counts)
 
 
 def check_held_out(training: list[Stream], held_out: list[Stream]) -> None:
     """Raises ValueError naming a clip that is both trained on and validated on. Segments count as their video."""
-    trained = {info.uid.split("@")[0] for stream in training for info in stream.shards.infos}
-    shared = sorted(
-        {info.uid for stream in held_out for info in stream.shards.infos if info.uid.split("@")[0] in trained}
-    )
-    if shared:
-        raise ValueError(
-            f"{len(shared)} of the validation clips are also trained on, {shared[0]} for one: hold them out, or set "
-            f"validation.held_out=false"
-        )
+    trained = [stream.shards.index.videos() for stream in training]
+    for stream in held_out:
+        shared = np.flatnonzero(np.isin(stream.shards.index.videos(), np.concatenate(trained)))
+        if len(shared):
+            raise ValueError(
+                f"{len(shared)} of the validation clips are also trained on, {stream.shards.index.uid(shared[0])} for "
+                f"one: hold them out, or set validation.held_out=false"
+            )

@@ -119,7 +119,7 @@ class Schedule:
         place = int(source.components(draw.number, draw.number + 1)[0])
         stream = self._used[bucket][place]
         epoch, sample = self._orders[bucket][stream].at(source.before(draw.number)[place])
-        uid = self._streams[stream].shards.infos[sample].uid
+        uid = self._streams[stream].shards.index.uid(sample)
         name = f"{uid}#{self._config.buckets[bucket].name}#{stream}.{epoch}"
         return Slot(draw.position, bucket, stream, sample, uid, name)
 

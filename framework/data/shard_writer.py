@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
+from framework.data.index import INDEX_NAME, SampleInfo, index_of, index_to_parquet
 from framework.data.shards import (
+    MARKER,
     MAX_SAMPLE_BYTES,
     LatentSample,
-    SampleInfo,
     Schema,
     ShardDirectory,
     VideoSample,
@@ -23,8 +24,8 @@ from framework.data.shards import (
     part_name,
     row_from_sample,
     sync,
+    write_bytes,
     write_json,
-    write_text,
 )
 
 
@@ -39,13 +40,20 @@ class ShardWriter:
     """
 
     def __init__(
-        self, out: Path, *, schema: Schema, tokenizer_version: str | None, part_size: int, shard_bytes: int
+        self,
+        out: Path,
+        *,
+        schema: Schema,
+        tokenizer_version: str | None,
+        text_version: str | None = None,
+        part_size: int,
+        shard_bytes: int,
     ) -> None:
         _refuse_foreign(out)
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
         self.covered: dict[str, tuple[str, tuple[str, ...]]] = {}
-        self._identity = {"schema": schema, "tokenizer": tokenizer_version}
+        self._identity = {"schema": schema, "tokenizer": tokenizer_version, "text": text_version}
         self._schema, self._part_size, self._shard_bytes = schema, part_size, shard_bytes
         self._lock = _lock(out)
         try:
@@ -92,7 +100,10 @@ class ShardWriter:
             from streaming import MDSWriter
 
             self._mds = MDSWriter(
-                out=str(self._partial), columns=columns(self._schema), hashes=["sha1"], size_limit=self._shard_bytes
+                out=str(self._partial),
+                columns=columns(self._schema),
+                hashes=["sha1", "xxh64"],
+                size_limit=self._shard_bytes,
             )
         for sample in samples:
             num_bytes = len(sample.video) if isinstance(sample, VideoSample) else sample.latents.nbytes
@@ -117,23 +128,23 @@ class ShardWriter:
         if not self._parts:
             raise ValueError(f"nothing was written to {self.out}: no input gave a sample")
         shards: list[dict[str, Any]] = []
-        infos: list[dict[str, Any]] = []
+        infos: list[SampleInfo] = []
         for part in self._parts:
             for shard in load_json(part / "index.json")["shards"]:
                 shard["raw_data"]["basename"] = f"{part.name}/{shard['raw_data']['basename']}"
                 shards.append(shard)
-            infos += load_json(part / "part.json")["samples"]
-        texts = {
-            "samples.jsonl": "".join(json.dumps(info, sort_keys=True) + "\n" for info in infos),
-            "index.json": json.dumps({"version": 2, "shards": shards}, sort_keys=True),
+            infos += [SampleInfo(**info) for info in load_json(part / "part.json")["samples"]]
+        contents = {
+            INDEX_NAME: index_to_parquet(index_of(infos)),
+            "index.json": json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode(),
         }
-        sizes = {name: len(text.encode()) for name, text in texts.items()}
+        sizes = {name: len(content) for name, content in contents.items()}
         manifest = self._identity | {"num_samples": len(infos), "num_shards": len(shards), "files": sizes}
-        marker = self.out / "cuboid.json"
+        marker = self.out / MARKER
         if marker.exists() and load_json(marker) != manifest:
             marker.unlink()
-        for name, text in texts.items():
-            write_text(self.out / name, text)
+        for name, content in contents.items():
+            write_bytes(self.out / name, content)
         write_json(marker, manifest)
         return open_shards(self.out)
 
@@ -156,9 +167,9 @@ class ShardWriter:
 
     def _refuse_other(self, record: dict[str, Any]) -> None:
         for what, value in self._identity.items():
-            if record[what] != value:
+            if record.get(what) != value:
                 raise ValueError(
-                    f"{self.out} holds samples of {what} {record[what]!r}, not {value!r}: write to a new directory"
+                    f"{self.out} holds samples of {what} {record.get(what)!r}, not {value!r}: write to a new directory"
                 )
 
 
@@ -166,7 +177,7 @@ def _refuse_foreign(out: Path) -> None:
     """Raise ValueError when the directory has something in it that no ShardWriter wrote."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; a directory of shards is to be written there")
-    own = ("index.json", "samples.jsonl", "cuboid.json", "report.json")
+    own = ("index.json", INDEX_NAME, MARKER, "report.json")
     for entry in sorted(out.iterdir()) if out.exists() else []:
         name = entry.name.removesuffix(".partial")
         if not (name in own or name.startswith(("part-", "."))):

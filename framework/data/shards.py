@@ -2,7 +2,7 @@
 
     DIR/cuboid.json       schema, tokenizer, number of samples; written last: a directory with it is complete
     DIR/index.json        MDS's own index of all shards, so that plain `streaming` reads the directory too
-    DIR/samples.jsonl     one SampleInfo a line, in the order of the index: what there is, without opening a shard
+    DIR/samples.parquet   one row a sample, in the order of the index (index.py): what there is, without a shard
     DIR/part-00000/       a small complete MDS directory: index.json, shard.*.mds, and part.json: the inputs it covers
 
 Opening a directory looks at names and sizes only and imports neither torch nor streaming, because the launcher does it
@@ -14,8 +14,8 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -24,12 +24,15 @@ from typing import Any, Final, Literal, get_args
 
 import numpy as np
 
+from framework.data.index import INDEX_NAME, SampleIndex, SampleInfo, index_from_parquet
 from framework.shapes import ClipShape
+from framework.storage.storage import Storage, open_storage
 
-Schema = Literal["cuboid.video/1", "cuboid.latent/1"]
+Schema = Literal["cuboid.video/1", "cuboid.latent/2"]
 
 VIDEO_SCHEMA: Schema = "cuboid.video/1"
-LATENT_SCHEMA: Schema = "cuboid.latent/1"
+LATENT_SCHEMA: Schema = "cuboid.latent/2"
+MARKER = "cuboid.json"
 
 # MDS keeps the offsets within a shard in 32 bits; what is left out is the shard's header and the other columns.
 MAX_SAMPLE_BYTES = 2**32 - 2**24
@@ -58,18 +61,6 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class SampleInfo:
-    """What buckets choose by. height, width: in pixels. fps: frames a second. scores: any numbers of the curation."""
-
-    uid: str
-    frames: int
-    height: int
-    width: int
-    fps: float
-    scores: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class VideoSample:
     """A whole video file and its captions."""
 
@@ -84,7 +75,8 @@ class VideoSample:
 class LatentSample:
     """An encoded clip. info describes the clip that was encoded, its uid is "<uid of the video>@<first frame>".
 
-    latents: `c t h w` float16 or float32.
+    latents: `c t h w` float16 or float32. texts: each caption's embedding, `L D` float16 or float32, not padded; none
+    where captions are embedded while training.
     """
 
     info: SampleInfo
@@ -92,98 +84,159 @@ class LatentSample:
     captions: tuple[Caption, ...]
     source: str = ""
     licence: str = ""
+    texts: tuple[np.ndarray, ...] = ()
 
     @property
     def clip(self) -> ClipShape:
         return ClipShape(self.info.frames, self.info.height, self.info.width)
 
 
+@dataclass(frozen=True)
+class ShardFile:
+    """One data file. name: below the directory. num_bytes, hashes: of the whole file (sha1, and xxh64 where newer)."""
+
+    name: str
+    num_bytes: int
+    num_samples: int
+    hashes: Mapping[str, str]
+
+
 class ShardDirectory:
     """A complete directory of shards. Opened by `open_shards`; reading never changes it.
 
-    infos: what there is, in the order of the index. shard_sizes: samples of each shard, in the same order.
+    url: the place, a directory or an object store. files: of the samples, in the order of the index.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], shards: list[dict[str, Any]]) -> None:
-        self.path = path
+    def __init__(self, store: Storage, manifest: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+        self.store = store
         self.schema: Schema = manifest["schema"]
         self.tokenizer_version: str | None = manifest["tokenizer"]
-        self.shard_sizes: list[int] = [shard["samples"] for shard in shards]
-        self._ends = list(accumulate(self.shard_sizes))
-        self._shards = shards
-        self._readers: dict[int, Any] = {}
+        self.text_version: str | None = manifest.get("text")
+        self.files = [_shard_file(shard) for shard in shards]
+        self._ends = list(accumulate(file.num_samples for file in self.files))
+        self._first = shards[0]
+        self._reader: Any = None
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return [file.num_samples for file in self.files]
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     @cached_property
-    def infos(self) -> list[SampleInfo]:
-        with open(self.path / "samples.jsonl", encoding="utf-8") as lines:
-            return [SampleInfo(**json.loads(line)) for line in lines]
+    def index(self) -> SampleIndex:
+        """What there is, in the order of the files. Raises ValueError where it can't be read."""
+        name = f"{self.url}/{INDEX_NAME}"
+        index = index_from_parquet(_read(self.store, INDEX_NAME), name)
+        if len(index) != len(self):
+            raise ValueError(
+                f"{name} lists {len(index)} samples, the shards hold {len(self)}: copy the directory again"
+            )
+        return index
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """A sample's file and place in it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {self.url}, which has {len(self)}")
+        shard = bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard] - self.files[shard].num_samples)
 
     def read(self, index: int) -> VideoSample | LatentSample:
-        """The sample at an index, by random access: one open, seek and read, whatever the size of the directory."""
-        shard, position = self._locate(index)
-        if shard not in self._readers:
+        """The sample at an index straight from the store: two reads of a range, whatever the size of the directory."""
+        shard, position = self.locate(index)
+        name = self.files[shard].name
+
+        def read(offset: int, size: int) -> bytes:
+            data = bytearray(size)
+            self.store.read_into(name, offset, [memoryview(data)])
+            return bytes(data)
+
+        return self.decode(read_row(read, position))
+
+    def decode(self, row: bytes) -> VideoSample | LatentSample:
+        """A sample from its row's bytes."""
+        if self._reader is None:
             from streaming.base.format import reader_from_json
 
-            self._readers[shard] = reader_from_json(str(self.path), "", self._shards[shard])
-        row = self._readers[shard][position]
-        return _video_from_row(row) if self.schema == VIDEO_SCHEMA else _latent_from_row(row)
+            self._reader = reader_from_json("", "", self._first)  # the columns of all shards are alike
+        values = self._reader.decode_sample(row)
+        return _video_from_row(values) if self.schema == VIDEO_SCHEMA else _latent_from_row(values)
 
     def shard_sha1(self, index: int) -> str:
         """The hash of the shard file that holds a sample: changes with the sample."""
-        return self._shards[self._locate(index)[0]]["raw_data"]["hashes"]["sha1"]
+        return self.files[self.locate(index)[0]].hashes["sha1"]
 
     def verify_hashes(self) -> None:
         """Read every shard. Raises ValueError naming the first file whose bytes aren't those that were written."""
-        for shard in self._shards:
-            file, expected = self.path / shard["raw_data"]["basename"], shard["raw_data"]["hashes"]["sha1"]
-            with open(file, "rb") as data:
-                found = hashlib.file_digest(data, "sha1").hexdigest()
-            if found != expected:
+        for file in self.files:
+            if (found := hashlib.sha1(self.store.read(file.name)).hexdigest()) != file.hashes["sha1"]:
                 raise ValueError(
-                    f"{file} is damaged: its sha1 is {found}, its index says {expected}; copy or prepare it again"
+                    f"{self.url}/{file.name} is damaged: its sha1 is {found}, its index says {file.hashes['sha1']}; "
+                    f"copy or prepare it again"
                 )
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {self.path}, which has {len(self)}")
-        shard = bisect_right(self._ends, index)
-        return shard, index - (self._ends[shard] - self.shard_sizes[shard])
 
+def read_row(read: Callable[[int, int], bytes], position: int) -> bytes:
+    """A row of a shard. read(offset, size): bytes of its file.
 
-def open_shards(path: str | Path) -> ShardDirectory:
-    """Open a directory of shards, looking at names and sizes only.
-
-    Raises ValueError: no such directory, no shards in it, unfinished, another schema, a file missing or of another
-    size than was written (names it).
+    MDS: uint32 n, then n + 1 uint32 offsets of the rows from the file's beginning, then the header, then the rows.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"no shard directory {path}: make it with `cuboid prepare CLIPS --captions FILE --out {path}`")
-    if not (path / "cuboid.json").exists():
-        if parts := len(finished_parts(path)):
-            raise ValueError(
-                f"{path} is unfinished ({parts} parts are): run the command that was making it again, it goes on"
-            )
-        if (path / "index.json").exists():
-            raise ValueError(
-                f"{path} has an index.json but no cuboid.json: these MDS shards weren't made by `cuboid prepare`"
-            )
-        raise ValueError(f"no shards in {path}: make some with `cuboid prepare CLIPS --captions FILE --out {path}`")
-    manifest = load_json(path / "cuboid.json")
+    begin, end = np.frombuffer(read(4 * (1 + position), 8), "<u4").tolist()
+    return read(begin, end - begin)
+
+
+def open_shards(url: str | Path) -> ShardDirectory:
+    """Open a directory of shards, local or in an object store, looking at names and sizes only.
+
+    Raises ValueError: nothing there, no shards in it, unfinished, another schema or columns, a file missing or of
+    another size than was written (names it), no right to read.
+    """
+    store = open_storage(str(url))
+    try:
+        sizes = store.list()
+    except OSError as error:
+        raise ValueError(str(error)) from None
+    if MARKER not in sizes:
+        raise ValueError(_no_shards(store.url, sizes))
+    manifest = _load(store, MARKER)
     if manifest.get("schema") not in get_args(Schema):
         known = " and ".join(get_args(Schema))
         raise ValueError(
-            f"{path / 'cuboid.json'} has the schema {manifest.get('schema')!r}; this version of cuboid reads {known}"
+            f"{store.url}/{MARKER} has the schema {manifest.get('schema')!r}; this version of cuboid reads {known}"
         )
     for name, size in manifest["files"].items():
-        _check_size(path / name, size)
-    shards = load_json(path / "index.json")["shards"]
+        _check_size(store.url, name, size, sizes)
+    shards = _load(store, "index.json")["shards"]
     for shard in shards:
-        _check_size(path / shard["raw_data"]["basename"], shard["raw_data"]["bytes"])
-    return ShardDirectory(path, manifest, shards)
+        _check_size(store.url, shard["raw_data"]["basename"], shard["raw_data"]["bytes"], sizes)
+        found = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+        # Also because a column may be a pickle ("pkl"): decoding that would run what it says.
+        if found != columns(manifest["schema"]) or shard["format"] != "mds" or shard["compression"]:
+            raise ValueError(
+                f"{store.url}/{shard['raw_data']['basename']} has the columns {found}, not those of "
+                f"{manifest['schema']}: {columns(manifest['schema'])}; nothing else is read"
+            )
+    return ShardDirectory(store, manifest, shards)
+
+
+def _no_shards(url: str, sizes: Mapping[str, int]) -> str:
+    """Why a place without a marker is no directory of shards."""
+    make = f"make them with `cuboid prepare CLIPS --captions FILE --out {url}`"
+    if not sizes:
+        exists = "://" in url or Path(url).is_dir()
+        return f"no shards in {url}: {make}" if exists else f"no shard directory {url}: {make}"
+    parts = {name.split("/")[0] for name in sizes if name.startswith("part-") and name.endswith("/part.json")}
+    if finished := [part for part in parts if not part.endswith(".partial")]:
+        return f"{url} is unfinished ({len(finished)} parts are): run the command that was making it again, it goes on"
+    if "index.json" in sizes:
+        return f"{url} has an index.json but no {MARKER}: these MDS shards weren't made by `cuboid prepare`"
+    return f"no shards in {url}: {make}"
 
 
 def finished_parts(path: Path) -> list[Path]:
@@ -203,13 +256,13 @@ def part_name(number: int) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write a file so that it's there whole or not at all, also after a power cut; equal values give equal bytes."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that it's there whole or not at all, also after a power cut."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)
@@ -226,13 +279,18 @@ def sync(path: Path) -> None:
 
 def columns(schema: Schema) -> dict[str, str]:
     """The MDS columns of a schema, name -> encoding."""
-    return {**_COLUMNS} | ({"video": "bytes"} if schema == VIDEO_SCHEMA else {"latents": "ndarray"})
+    latent = {"latents": "ndarray", "texts": "ndarray", "text_lengths": "json"}
+    return {**_COLUMNS} | ({"video": "bytes"} if schema == VIDEO_SCHEMA else latent)
 
 
 def row_from_sample(sample: VideoSample | LatentSample) -> dict[str, Any]:
     """A sample as a row of MDS."""
-    content = {"video": sample.video} if isinstance(sample, VideoSample) else {"latents": sample.latents}
-    row = asdict(sample.info) | {"source": sample.source, "licence": sample.licence} | content
+    row = asdict(sample.info) | {"source": sample.source, "licence": sample.licence}
+    if isinstance(sample, VideoSample):
+        row["video"] = sample.video
+    else:
+        joined = np.concatenate(sample.texts) if sample.texts else np.zeros((1, 1), np.float16)
+        row |= {"latents": sample.latents, "texts": joined, "text_lengths": [len(text) for text in sample.texts]}
     return row | {"captions": [asdict(caption) for caption in sample.captions]}
 
 
@@ -241,7 +299,9 @@ def _video_from_row(row: dict[str, Any]) -> VideoSample:
 
 
 def _latent_from_row(row: dict[str, Any]) -> LatentSample:
-    return LatentSample(_info(row), np.array(row["latents"]), _captions(row), row["source"], row["licence"])
+    ends = np.cumsum(row["text_lengths"], dtype=int)
+    texts = tuple(np.split(np.array(row["texts"])[: ends[-1]], ends[:-1])) if len(ends) else ()
+    return LatentSample(_info(row), np.array(row["latents"]), _captions(row), row["source"], row["licence"], texts)
 
 
 def _info(row: dict[str, Any]) -> SampleInfo:
@@ -254,22 +314,49 @@ def _captions(row: dict[str, Any]) -> tuple[Caption, ...]:
     return tuple(Caption(caption["text"], float(caption["weight"])) for caption in row["captions"])
 
 
-def _check_size(file: Path, expected: int) -> None:
-    if not file.exists():
+def _shard_file(shard: dict[str, Any]) -> ShardFile:
+    raw = shard["raw_data"]
+    return ShardFile(raw["basename"], int(raw["bytes"]), int(shard["samples"]), raw["hashes"])
+
+
+def _check_size(url: str, name: str, expected: int, sizes: Mapping[str, int]) -> None:
+    if name not in sizes:
         raise ValueError(
-            f"{file} is missing; it should have {expected} bytes. Copy the directory again, or prepare it again"
+            f"{url}/{name} is missing; it should have {expected} bytes. Copy the directory again, or prepare it again"
         )
-    if (size := file.stat().st_size) != expected:
+    if sizes[name] != expected:
         raise ValueError(
-            f"{file} has {size} bytes instead of {expected}: truncated or overwritten. Copy or prepare it again"
+            f"{url}/{name} has {sizes[name]} bytes instead of {expected}: truncated or overwritten. Copy or prepare it "
+            f"again"
         )
+
+
+def _read(store: Storage, name: str) -> bytes:
+    try:
+        return store.read(name)
+    except OSError as error:
+        raise ValueError(f"{store.url}/{name} can't be read: {error}") from None
+
+
+def _load(store: Storage, name: str) -> dict[str, Any]:
+    return parse_json(_read(store, name), f"{store.url}/{name}")
 
 
 def load_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError with its name."""
     try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+        data = file.read_bytes()
+    except OSError as error:
         raise ValueError(f"{file} can't be read: {error}") from error
+    return parse_json(data, str(file))
+
+
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError with its name."""
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{name} can't be read: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} isn't a JSON object")
+        raise ValueError(f"{name} isn't a JSON object")
     return value

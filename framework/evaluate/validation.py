@@ -105,10 +105,10 @@ def held_out_slots(streams: list[Stream], buckets: list[BucketConfig], samples: 
     for bucket, views in enumerate(bucket_views(streams, buckets)):
         slots: list[Slot] = []
         for stream, view in enumerate(views):
-            order = Order(view, seed, window=max(1, len(view.by_shard)))
+            order = Order(view, seed, window=max(1, view.num_shards))
             for draw in range(min(view.num_samples, samples - len(slots))):
                 sample = order.at(draw)[1]
-                uid = streams[stream].shards.infos[sample].uid
+                uid = streams[stream].shards.index.uid(sample)
                 slots.append(Slot(len(slots), bucket, stream, sample, uid, f"{uid}#validation"))
         chosen.append(slots)
     return chosen

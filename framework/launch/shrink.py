@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from framework.data.config import BucketConfig, StreamConfig
+from framework.data.index import SampleInfo
 from framework.data.shard_writer import ShardWriter
-from framework.data.shards import LATENT_SCHEMA, Caption, LatentSample, SampleInfo
+from framework.data.shards import LATENT_SCHEMA, Caption, LatentSample
 from framework.diffusion.config import SamplesConfig
 from framework.evaluate.config import ValidationConfig
 from framework.kernels.config import AttentionConfig

@@ -13,7 +13,8 @@ from framework.curate.config import PrepareConfig
 from framework.curate.encode import Tail, encode_shards, misfit, segment_starts
 from framework.curate.prepare import prepare
 from framework.data.config import BucketConfig
-from framework.data.shards import LATENT_SCHEMA, LatentSample, SampleInfo, ShardDirectory, open_shards
+from framework.data.index import SampleInfo
+from framework.data.shards import LATENT_SCHEMA, LatentSample, ShardDirectory, open_shards
 from framework.shapes import ClipShape, Strides
 
 
@@ -72,8 +73,8 @@ def test_latents_are_those_of_their_own_frames(
     report = encode_shards(source, BUCKETS, Blocks(), tmp_path / "l", dtype=dtype)  # type: ignore[arg-type]
     latents = open_shards(tmp_path / "l")
     assert (latents.schema, latents.tokenizer_version) == (LATENT_SCHEMA, "blocks-1")
-    a, b, c = (info.uid for info in source.infos)
-    assert [info.uid for info in latents.infos] == [f"{a}@0", f"{a}@5", f"{a}@10", f"{a}@15", f"{b}@0", f"{b}@0"]
+    a, b, c = (info.uid for info in source.index)
+    assert [info.uid for info in latents.index] == [f"{a}@0", f"{a}@5", f"{a}@10", f"{a}@15", f"{b}@0", f"{b}@0"]
     assert report.num_samples == {"5x48x64": 5, "5x64x64@12.0": 1}
     assert report.tails == (Tail(a, "5x48x64", 3), Tail(b, "5x48x64", 4))
     assert [(m.uid, m.reason) for m in report.misfits] == [(c, "fits no bucket")]
@@ -133,15 +134,15 @@ def test_a_damaged_video_is_reported_and_the_others_go_on(
     source: ShardDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(video: bytes, *, name: str, **rest: object) -> np.ndarray:
-        if name == source.infos[0].uid:
+        if name == source.index[0].uid:
             raise ValueError(f"{name} is broken: torn")
         return np.zeros((5, 48, 64, 3), np.uint8)
 
     monkeypatch.setattr("framework.curate.encode.decode_clip", decode)
     report = encode_shards(source, BUCKETS[:1], Blocks(), tmp_path / "l")
-    assert (source.infos[0].uid, "broken") in [(m.uid, m.reason) for m in report.misfits]
+    assert (source.index[0].uid, "broken") in [(m.uid, m.reason) for m in report.misfits]
     assert report.num_samples == {"5x48x64": 1}
-    assert [tail.uid for tail in report.tails] == [source.infos[1].uid]
+    assert [tail.uid for tail in report.tails] == [source.index[1].uid]
 
 
 def test_what_can_not_be_is_refused(source: ShardDirectory, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_what_can_not_be_is_refused(source: ShardDirectory, tmp_path: Path) -> N
     encode_shards(source, BUCKETS, Blocks(), tmp_path / "l")
     with pytest.raises(ValueError, match="tokenizer 'blocks-1', not 'blocks-2'"):
         encode_shards(source, BUCKETS, Blocks("blocks-2"), tmp_path / "l")
-    with pytest.raises(ValueError, match=r"holds cuboid.latent/1, not cuboid.video/1"):
+    with pytest.raises(ValueError, match=r"holds cuboid.latent/2, not cuboid.video/1"):
         encode_shards(open_shards(tmp_path / "l"), BUCKETS, Blocks(), tmp_path / "m")
     with pytest.raises(ValueError, match="as it was before"):
         encode_shards(source, BUCKETS, Blocks(), tmp_path / "l", dtype="float32")

@@ -15,7 +15,8 @@ from clips import ASSET, make_clip
 
 from framework.curate.config import PrepareConfig
 from framework.curate.prepare import prepare
-from framework.data.shards import Caption, SampleInfo, VideoSample, open_shards
+from framework.data.index import SampleInfo
+from framework.data.shards import Caption, VideoSample, open_shards
 
 SMALL = PrepareConfig(min_frames=5, part_size=2, shard_bytes=20_000)
 
@@ -82,7 +83,7 @@ def test_every_input_is_accounted_for(tmp_path: Path) -> None:
     details = {skip.file: skip.detail for skip in report.skipped}
     assert "4 frames; at least 5" in details["short.mp4"] and "b.mp4" in details["copy.mp4"]
     shards = open_shards(tmp_path / "d")
-    assert [(info.frames, info.scores) for info in shards.infos] == [
+    assert [(info.frames, info.scores) for info in shards.index] == [
         (8, {"a": 1.5, "b": 2.0}),
         (9, {"a": 1.5, "b": 2.0}),
     ]
@@ -101,7 +102,7 @@ def test_new_clips_are_added_and_changed_ones_refused(folder: Path, tmp_path: Pa
     (videos / "clip0.mp4").unlink()
     report = prepare(videos, videos / "captions.jsonl", tmp_path / "d", config=SMALL)
     assert report.num_samples == 7 and report.kept == ("clip0.mp4",)
-    assert open_shards(tmp_path / "d").infos[-1].frames == 9
+    assert open_shards(tmp_path / "d").index[-1].frames == 9
     lines = [json.loads(line) for line in (videos / "captions.jsonl").read_text().splitlines()]
     write_captions(videos / "captions.jsonl", [line | {"caption": "new"} for line in lines])
     with pytest.raises(ValueError, match=r"holds 'clip2.mp4' as it was before"):
@@ -152,7 +153,7 @@ def test_killed_anywhere_gives_the_bytes_of_the_uninterrupted_run(folder: Path, 
         rename += 1
     assert (
         rename == 4 * 2 + 4
-    )  # part.json and the part, four times; samples.jsonl, index.json, cuboid.json, report.json
+    )  # part.json and the part, four times; samples.parquet, index.json, cuboid.json, report.json
 
 
 def test_killed_while_adding_is_never_read_as_a_mixture(folder: Path, tmp_path: Path) -> None:
@@ -167,11 +168,11 @@ def test_killed_while_adding_is_never_read_as_a_mixture(folder: Path, tmp_path: 
     shutil.copytree(tmp_path / "before", tmp_path / "after")
     prepare(videos, captions, tmp_path / "after", config=SMALL)
     counts: set[int | str] = set()
-    for rename in range(6):  # part.json, the part, samples.jsonl, index.json, cuboid.json, report.json
+    for rename in range(6):  # part.json, the part, samples.parquet, index.json, cuboid.json, report.json
         out = shutil.copytree(tmp_path / "before", tmp_path / str(rename))
         assert killed_at(rename, lambda out=out: prepare(videos, captions, out, config=SMALL))  # type: ignore[misc]
         try:
-            counts.add(len(open_shards(out).infos))
+            counts.add(len(open_shards(out).index))
         except ValueError as error:
             counts.add("unfinished" if "is unfinished" in str(error) else str(error))
         prepare(videos, captions, out, config=SMALL)

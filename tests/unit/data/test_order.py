@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from framework.data.order import Mixture, Order, View, permute
+from framework.data.order import Mixture, Order, View, permute, permute_all
 from framework.keys import key
 
 # One test in a million would fail for a perfect permutation; the keys are fixed, so none does so today only.
@@ -30,6 +30,12 @@ def test_permute_sends_every_pair_everywhere(size: int) -> None:
     assert statistic < stats.chi2.ppf(1 - CHANCE, df=size * (size - 1) - 1)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000])
+def test_all_at_once_is_one_by_one(size: int) -> None:
+    for key_ in (0, key(7, "shards"), 2**64 - 1):
+        assert permute_all(size, key_).tolist() == [permute(i, size, key_) for i in range(size)]
+
+
 def test_neighbours_are_torn_apart() -> None:
     """Consecutive indices of one large permutation: their images are as often near as by chance."""
     size = 4096
@@ -41,8 +47,7 @@ def test_neighbours_are_torn_apart() -> None:
 
 def view(sizes: list[int], name: str = "0/5x16x16@None") -> View:
     """Shards of these sizes whose samples are numbered from 100."""
-    edges = np.cumsum([100, *sizes])
-    return View(name, tuple(np.arange(a, b) for a, b in itertools.pairwise(edges)))
+    return View(name, np.arange(100, 100 + sum(sizes)), np.cumsum([0, *sizes]))
 
 
 SIZES = [[1], [3, 3, 2], [5, 0, 1, 7, 2, 0, 4], [10] * 9, [0, 6]]

@@ -7,8 +7,9 @@ import pytest
 
 from framework.data.buckets import Stream
 from framework.data.config import BucketConfig, DataConfig, StreamConfig
+from framework.data.index import SampleIndex, SampleInfo, index_of
 from framework.data.schedule import MicroBatch, Place, Schedule, Slot, cut, share
-from framework.data.shards import LATENT_SCHEMA, SampleInfo, Schema
+from framework.data.shards import LATENT_SCHEMA, Schema
 
 DEGREES = [1, 2, 3, 4, 5, 8]
 
@@ -17,18 +18,21 @@ DEGREES = [1, 2, 3, 4, 5, 8]
 class Shards:
     """What the schedule reads of a ShardDirectory."""
 
-    infos: list[SampleInfo]
+    index: SampleIndex
     shard_sizes: list[int]
     schema: Schema = LATENT_SCHEMA
     tokenizer_version: str = "t"
-    path: str = field(default="d")
+    url: str = field(default="d")
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 def stream(prefix: str, frames: list[int], *, weight: float = 1.0, schema: Schema = LATENT_SCHEMA) -> Stream:
     """Samples of these lengths at 16x16, three a shard."""
     infos = [SampleInfo(f"{prefix}{i}", f, 16, 16, 24.0) for i, f in enumerate(frames)]
     sizes = [3] * (len(infos) // 3) + ([len(infos) % 3] if len(infos) % 3 else [])
-    return Stream(StreamConfig(prefix, weight), Shards(infos, sizes, schema))  # type: ignore[arg-type]
+    return Stream(StreamConfig(prefix, weight), Shards(index_of(infos), sizes, schema))  # type: ignore[arg-type]
 
 
 def config(
@@ -117,7 +121,7 @@ def test_streams_keep_their_shares_and_buckets_their_samples() -> None:
     assert abs(buckets[0] / 2000 - 0.8) < 0.005 and abs(sources[0] / buckets[0] - 0.75) < 0.01
     assert {slot.stream for slot in drawn if slot.bucket == 1} == {0}, "only the first stream has clips of 9 frames"
     for slot in drawn:
-        info = MIXED[slot.stream].shards.infos[slot.sample]
+        info = MIXED[slot.stream].shards.index[slot.sample]
         assert (info.uid, info.frames) == (slot.uid, (5, 9)[slot.bucket])
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from framework.data import shard_writer
+from framework.data.index import SampleInfo
 from framework.data.shard_writer import ShardWriter
 from framework.data.shards import (
     LATENT_SCHEMA,
     VIDEO_SCHEMA,
     Caption,
     LatentSample,
-    SampleInfo,
     Schema,
     VideoSample,
     open_shards,
@@ -62,7 +62,7 @@ def test_videos_come_back(tmp_path: Path) -> None:
     assert (shards.schema, shards.tokenizer_version, len(shards)) == (VIDEO_SCHEMA, None, 10)
     # A sample is 300 bytes of video, about 150 of the rest; a shard of 1000 takes one, after its header of about 500.
     assert shards.shard_sizes == [1] * 10
-    assert shards.infos == [video_sample(number).info for number in range(10)]
+    assert list(shards.index) == [video_sample(number).info for number in range(10)]
     for number in (7, 0, 9, 3):
         assert shards.read(number) == video_sample(number)
     with pytest.raises(IndexError):
@@ -121,7 +121,7 @@ def test_plain_streaming_reads_it(tmp_path: Path) -> None:
 def test_opening_imports_neither_torch_nor_streaming(tmp_path: Path) -> None:
     write(tmp_path / "d", range(3))
     code = (
-        "import sys; from framework.data.shards import open_shards; assert len(open_shards(sys.argv[1]).infos) == 3;"
+        "import sys; from framework.data.shards import open_shards; assert len(open_shards(sys.argv[1]).index) == 3;"
         "assert not {'torch', 'streaming', 'av'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "d")], check=True, timeout=60)
@@ -131,7 +131,7 @@ def test_directories_that_are_no_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no shard directory .*absent.*cuboid prepare"):
         open_shards(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no shards in .*empty: make some with `cuboid prepare"):
+    with pytest.raises(ValueError, match=r"no shards in .*empty: make them with `cuboid prepare"):
         open_shards(tmp_path / "empty")
     write(tmp_path / "d", range(3))
     manifest = json.loads((tmp_path / "d" / "cuboid.json").read_text())
@@ -161,9 +161,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{file} is missing; it should have {len(whole)} bytes"):
         open_shards(tmp_path / "d")
     file.write_bytes(whole)
-    lines = tmp_path / "d" / "samples.jsonl"
-    lines.write_text(lines.read_text()[:-30])
-    with pytest.raises(ValueError, match=r"samples.jsonl has"):
+    index = tmp_path / "d" / "samples.parquet"
+    index.write_bytes(index.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"samples.parquet has"):
         open_shards(tmp_path / "d")
 
 
@@ -174,14 +174,14 @@ def test_more_inputs_add_parts_and_keep_the_others(tmp_path: Path) -> None:
     assert tree(tmp_path / "d") == before
     write(tmp_path / "d", range(9))
     shards = open_shards(tmp_path / "d")
-    assert [info.uid for info in shards.infos] == [f"uid{number}" for number in range(9)]
+    assert [info.uid for info in shards.index] == [f"uid{number}" for number in range(9)]
     after = tree(tmp_path / "d")
     assert all(after[name] == digest for name, digest in before.items() if name.startswith("part-"))
 
 
 def test_writer_refuses_what_is_not_its_own(tmp_path: Path) -> None:
     write(tmp_path / "d", range(3))
-    with pytest.raises(ValueError, match=r"schema 'cuboid.video/1', not 'cuboid.latent/1'"):
+    with pytest.raises(ValueError, match=r"schema 'cuboid.video/1', not 'cuboid.latent/2'"):
         writer(tmp_path / "d", LATENT_SCHEMA, "dct-1")
     with writer(tmp_path / "l", LATENT_SCHEMA, "dct-1") as shards:
         shards.write("v", "p", [latent_sample(0, "float16")])
