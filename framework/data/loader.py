@@ -69,6 +69,7 @@ class BatchBuilder:
             uids=tuple(sample.uid for sample in samples),
             draws=tuple(sample.draw for sample in samples),
             positions=tuple(-1 if slot is None else slot.position for slot in micro.slots),
+            step_samples=micro.step_samples,
             bucket=micro.bucket,
             clip=bucket.clip,
             latent=latent,

@@ -43,12 +43,12 @@ def permute(index: int, size: int, key_: int) -> int:
             return index
 
 
-def permute_all(size: int, key_: int) -> np.ndarray:
-    """`permute` of every index at once, int64: half a second for a million on one core."""
+def permute_many(indices: np.ndarray, size: int, key_: int) -> np.ndarray:
+    """`permute` of many indices at once, int64: half a second for a million on one core."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    images = np.arange(size, dtype=np.uint64)
-    outside = np.arange(size)
+    images = indices.astype(np.uint64)
+    outside = np.arange(len(indices))
     while len(outside):
         left, right = images[outside] >> shift, images[outside] & mask
         for round_ in range(ROUNDS):
@@ -80,9 +80,9 @@ class View:
         """Shards of which it uses a sample."""
         return int(np.count_nonzero(np.diff(self.edges)))
 
-    def sample(self, place: int) -> int:
-        """The sample at a place."""
-        return place if self.indices is None else int(self.indices[place])
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        """The samples at places."""
+        return places if self.indices is None else self.indices[places]
 
 
 @dataclass(frozen=True)
@@ -105,23 +105,37 @@ class Order:
 
     def at(self, draw: int) -> tuple[int, int]:
         """Epoch and global sample index of the draw."""
-        number, position = divmod(draw, self._view.num_samples)
-        epoch = self._lay_out(number)
+        epochs, samples = self.run(draw, 1)
+        return int(epochs[0]), int(samples[0])
+
+    def run(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs and global sample indices of the draws from `first`, `count` each."""
+        epochs, samples = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:
+            number, position = divmod(first + done, self._view.num_samples)
+            found = self._rest_of_window(self._lay_out(number), position, count - done)
+            epochs[done : done + len(found)], samples[done : done + len(found)] = number, found
+            done += len(found)
+        return epochs, samples
+
+    def _rest_of_window(self, epoch: Epoch, position: int, count: int) -> np.ndarray:
+        """The samples from a position of an epoch on, at most `count`, up to the end of its window."""
         window = (int(np.searchsorted(epoch.starts, position, side="right")) - 1) // self._window
         first, last = window * self._window, min((window + 1) * self._window, len(epoch.shards))
         begin, end = int(epoch.starts[first]), int(epoch.starts[last])
-        key_ = key(self._seed, "window", uid=f"{self._view.name}/{window}", step=number)
-        inside = begin + permute(position - begin, end - begin, key_)
-        shard = int(np.searchsorted(epoch.starts[first : last + 1], inside, side="right")) - 1 + first
-        place = int(self._view.edges[epoch.shards[shard]]) + inside - int(epoch.starts[shard])
-        return number, self._view.sample(place)
+        key_ = key(self._seed, "window", uid=f"{self._view.name}/{window}", step=epoch.number)
+        places = np.arange(position - begin, min(position - begin + count, end - begin))
+        inside = begin + permute_many(places, end - begin, key_)
+        shards = np.searchsorted(epoch.starts[first : last + 1], inside, side="right") - 1 + first
+        return self._view.samples(self._view.edges[epoch.shards[shards]] + inside - epoch.starts[shards])
 
     def _lay_out(self, number: int) -> Epoch:
         """The epoch, kept until another one is asked for. Set whole: the loader's thread asks too."""
         epoch = self._epoch
         if epoch is None or epoch.number != number:
             key_ = key(self._seed, "shards", uid=self._view.name, step=number)
-            shards = self._shards[permute_all(len(self._shards), key_)]
+            shards = self._shards[permute_many(np.arange(len(self._shards)), len(self._shards), key_)]
             starts = np.concatenate([[0], np.cumsum(self._sizes[shards])])
             self._epoch = epoch = Epoch(number, shards, starts)
         return epoch

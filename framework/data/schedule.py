@@ -1,26 +1,34 @@
 """What happens in a step, as a pure function of (seed, step, the recipe's data keys): schedule[step] -> Work.
 
-A step has `global_batch` slots. A low-discrepancy sequence gives each slot its bucket, another each draw of a bucket
-its stream, and the order gives each draw of a stream's view its sample. Only then the mesh comes in: the slots of a
-bucket are dealt to its replicas in turn (a bucket with its own degrees has more or fewer of them than dp) and cut into
-micro-batches, the same number on every rank. A rank without a slot left gets an empty one, which weighs nothing.
+A step is `rounds` draws of a bucket. A low-discrepancy sequence gives each draw its bucket, budget.py how many samples
+it takes; another sequence gives each of these its stream, and the order gives each draw of a stream's view its sample.
+Only then the mesh comes in: the samples of a bucket are dealt to its replicas (a bucket with its own degrees has more
+or fewer of them than dp) and cut into micro-batches, the same number on every rank. A rank without a sample left gets
+an empty slot, which weighs nothing.
+
+Samples are dealt in the order of the shards that they lie in, in runs: so a node reads the same few shards of a window
+step after step, and not all of them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 from framework.data.buckets import Stream, bucket_views
+from framework.data.budget import Batches
 from framework.data.config import DataConfig
 from framework.data.order import Mixture, Order
 from framework.keys import key
+from framework.shapes import even_parts
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One sample of a step. position: its place among the step's global_batch slots. draw: names the draw in keys."""
+    """One sample of a step. position: its place among the step's samples. draw: names the draw in keys."""
 
     position: int
     bucket: int
@@ -31,11 +39,19 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """position: of a slot among the step's. number: the how-many-th draw of its bucket since the run began."""
+class Draws:
+    """A bucket's samples in a step, `n` each, in the order of streams and shards. positions: of slots among the step's.
+    samples: in their streams.
+    """
 
-    position: int
-    number: int
+    bucket: int
+    positions: np.ndarray
+    streams: np.ndarray
+    epochs: np.ndarray
+    samples: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
 
 
 @dataclass(frozen=True)
@@ -48,10 +64,11 @@ class Place:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward of one rank: slots of one bucket, None where it is empty."""
+    """One forward of one rank: slots of one bucket, None where it is empty. step_samples: of all ranks in its step."""
 
     bucket: int
     slots: tuple[Slot | None, ...]
+    step_samples: int
 
 
 @dataclass(frozen=True)
@@ -71,66 +88,132 @@ class Work:
         return sum(self.counts)
 
 
-class Schedule:
-    """schedule[step] -> Work of the rank at `places`, one for each bucket."""
+@dataclass(frozen=True)
+class Position:
+    """Where a stream's view stands: whole passes over it, and samples of the one that has begun."""
 
-    def __init__(self, config: DataConfig, streams: list[Stream], *, seed: int, places: Sequence[Place]) -> None:
-        self._config, self._streams, self._places = config, streams, places
-        views = bucket_views(streams, config.buckets)
-        self._used = [[i for i, view in enumerate(row) if view.num_samples] for row in views]
-        self._orders = [[Order(view, seed, config.window) for view in row] for row in views]
-        self._buckets = Mixture([bucket.weight for bucket in config.buckets], key(seed, "buckets"))
+    bucket: int
+    stream: int
+    epoch: int
+    count: int
+
+
+class Schedule:
+    """schedule[step] -> Work of the rank at `places`, one a bucket. micro_sizes: samples of a forward, likewise."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        streams: list[Stream],
+        *,
+        seed: int,
+        batches: Batches,
+        places: Sequence[Place],
+        micro_sizes: Sequence[int],
+    ) -> None:
+        self._config, self._streams = config, streams
+        self.batches = batches
+        self._places, self._micro_sizes = places, micro_sizes
+        self._views = bucket_views(streams, config.buckets)
+        self._used = [[i for i, view in enumerate(row) if view.num_samples] for row in self._views]
+        self._orders = [[Order(view, seed, config.window) for view in row] for row in self._views]
+        self._buckets = Mixture(list(batches.shares), key(seed, "buckets"))
         self._sources = [
             Mixture([streams[i].config.weight for i in used], key(seed, "streams", uid=str(bucket)))
             for bucket, used in enumerate(self._used)
         ]
 
     def __getitem__(self, step: int) -> Work:
-        by_bucket = self._draws(step)
+        by_bucket = self.draws(step)
+        total = sum(len(draws) for draws in by_bucket)
         micro: list[MicroBatch] = []
-        for bucket, draws in enumerate(by_bucket):
-            # Only this rank's draws are looked up: finding a sample costs a permutation each.
-            mine = [None if d is None else self._slot(bucket, d) for d in share(draws, self._places[bucket])]
-            micro += cut(bucket, mine, self._config.micro_batch)
-        return Work(step, tuple(micro), tuple(len(draws) for draws in by_bucket))
+        for draws in by_bucket:
+            place, size = self._places[draws.bucket], self._micro_sizes[draws.bucket]
+            mine = [None if i is None else self._slot(draws, i) for i in share(len(draws), place)]
+            micro += cut(draws.bucket, mine, size, step_samples=total)
+        counts = {draws.bucket: len(draws) for draws in by_bucket}
+        return Work(step, tuple(micro), tuple(counts.get(bucket, 0) for bucket in range(len(self._config.buckets))))
 
     def slots(self, step: int) -> list[Slot]:
         """The step's slots over all ranks, in order: the same on every mesh."""
-        made = [self._slot(bucket, draw) for bucket, draws in enumerate(self._draws(step)) for draw in draws]
+        made = [self._slot(draws, i) for draws in self.draws(step) for i in range(len(draws))]
         return sorted(made, key=lambda slot: slot.position)
 
-    def _draws(self, step: int) -> list[list[Draw]]:
-        """Each bucket's draws of a step."""
-        first, size = step * self._config.global_batch, self._config.global_batch
-        numbers = self._buckets.before(first)
-        by_bucket: list[list[Draw]] = [[] for _ in numbers]
-        for position, bucket in enumerate(self._buckets.components(first, first + size).tolist()):
-            by_bucket[bucket].append(Draw(position, numbers[bucket] + len(by_bucket[bucket])))
-        return by_bucket
+    def counts(self, step: int) -> tuple[int, ...]:
+        """Samples of each bucket in a step."""
+        drawn = self._drawn(step).tolist()
+        return tuple(size * drawn.count(bucket) for bucket, size in enumerate(self.batches.sizes))
+
+    def position(self, step: int) -> list[Position]:
+        """Where each view stands before a step."""
+        found = []
+        for bucket, numbers in enumerate(self._buckets.before(step * self._config.rounds)):
+            taken = self._sources[bucket].before(numbers * self.batches.sizes[bucket])
+            for stream, count in zip(self._used[bucket], taken, strict=True):
+                found.append(Position(bucket, stream, *divmod(count, self._views[bucket][stream].num_samples)))
+        return found
+
+    def draws(self, step: int) -> list[Draws]:
+        """Each bucket's samples of a step, for the buckets that have any."""
+        drawn = self._drawn(step)
+        before = self._buckets.before(step * self._config.rounds)
+        sizes = np.array(self.batches.sizes)
+        ends = np.cumsum(sizes[drawn])
+        found = []
+        for bucket in sorted(set(drawn.tolist())):
+            size = self.batches.sizes[bucket]
+            positions = np.concatenate([np.arange(end - size, end) for end in ends[drawn == bucket]])
+            found.append(self._look_up(bucket, before[bucket] * size, positions))
+        return found
 
     def waste(self, steps: int = 64) -> float:
         """Share of the forward slots that are empty, over the first steps."""
-        works = [self[step] for step in range(steps)]
-        places = sum(len(m.slots) * self._places[m.bucket].size for work in works for m in work.micro_batches)
-        return 1 - sum(work.num_samples for work in works) / places
+        counts = np.sum([self.counts(step) for step in range(steps)], axis=0)
+        places = 0
+        for step in range(steps):
+            for place, count in zip(self._places, self.counts(step), strict=True):
+                places += -(-count // place.size) * place.size
+        return float(1 - counts.sum() / places)
 
-    def _slot(self, bucket: int, draw: Draw) -> Slot:
-        source = self._sources[bucket]
-        place = int(source.components(draw.number, draw.number + 1)[0])
-        stream = self._used[bucket][place]
-        epoch, sample = self._orders[bucket][stream].at(source.before(draw.number)[place])
+    def _drawn(self, step: int) -> np.ndarray:
+        """The buckets of a step's rounds."""
+        return self._buckets.components(step * self._config.rounds, (step + 1) * self._config.rounds)
+
+    def _look_up(self, bucket: int, first: int, positions: np.ndarray) -> Draws:
+        """The samples of a bucket's draws from number `first`."""
+        source, used = self._sources[bucket], self._used[bucket]
+        components = source.components(first, first + len(positions))
+        streams, epochs, samples = (np.empty(len(positions), dtype=np.int64) for _ in range(3))
+        for place, start in enumerate(source.before(first)):
+            where = components == place
+            streams[where] = used[place]
+            epochs[where], samples[where] = self._orders[bucket][used[place]].run(start, int(where.sum()))
+        order = np.lexsort((samples, streams))
+        return Draws(bucket, positions[order], streams[order], epochs[order], samples[order])
+
+    def _slot(self, draws: Draws, i: int) -> Slot:
+        stream, sample = int(draws.streams[i]), int(draws.samples[i])
         uid = self._streams[stream].shards.index.uid(sample)
-        name = f"{uid}#{self._config.buckets[bucket].name}#{stream}.{epoch}"
-        return Slot(draw.position, bucket, stream, sample, uid, name)
+        name = f"{uid}#{self._config.buckets[draws.bucket].name}#{stream}.{draws.epochs[i]}"
+        return Slot(int(draws.positions[i]), draws.bucket, stream, sample, uid, name)
 
 
-def share(members: Sequence[T], place: Place) -> list[T | None]:
-    """One replica's share of a bucket's members, dealt in turn; None fills up where they run out."""
-    rows = -(-len(members) // place.size)
-    padded = [*members, *[None] * (rows * place.size - len(members))]
-    return padded[place.index :: place.size]
+def share(num: int, place: Place) -> list[int | None]:
+    """One replica's run of `num` things; None fills up to the longest run."""
+    sizes = even_parts(num, place.size)
+    first = sum(sizes[: place.index])
+    return [*range(first, first + sizes[place.index]), *[None] * (sizes[0] - sizes[place.index])]
 
 
-def cut(bucket: int, slots: list[Slot | None], size: int) -> list[MicroBatch]:
-    """Micro-batches of at most `size`: as many, of the same sizes, on every rank."""
-    return [MicroBatch(bucket, tuple(slots[i : i + size])) for i in range(0, len(slots), size)]
+def pick(things: Sequence[T], place: Place) -> list[T | None]:
+    """One replica's run of some things."""
+    return [None if i is None else things[i] for i in share(len(things), place)]
+
+
+def cut(bucket: int, slots: Sequence[Slot | None], size: int, *, step_samples: int) -> list[MicroBatch]:
+    """As few micro-batches of at most `size` as there can be, of about equal sizes: the same on every rank."""
+    found, first = [], 0
+    for part in even_parts(len(slots), -(-len(slots) // size)):
+        found.append(MicroBatch(bucket, tuple(slots[first : first + part]), step_samples))
+        first += part
+    return found

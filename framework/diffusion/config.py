@@ -75,9 +75,11 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """weight: per_sample gives every clip the same weight whatever its length; per_token gives it to every token."""
+    """weight: per_sample gives every clip the same weight whatever its length and step, per_token gives it to every
+    token, per_step to every step (diffusion/flow.py).
+    """
 
-    weight: Literal["per_sample", "per_token"] = "per_sample"
+    weight: Literal["per_sample", "per_token", "per_step"] = "per_sample"
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,20 @@
 
 The model is told t = 1000 sigma. The loss of a step is  sum_i w_i sum_elements |.|^2 / count,  with
 
-    per_sample    w_i = 1 / elements of clip i      count = clips of the step
-    per_token     w_i = 1                           count = elements of the step
+    per_sample    w_i = 1 / elements of clip i      count = clips of a step, on average
+    per_token     w_i = 1                           count = elements of a step, on average
+    per_step      w_i = 1 / elements of clip i      count = clips of this step
+
+Steps of short clips have more of them than steps of long ones (data/budget.py). With the first two every clip, or every
+token, counts the same in whatever step it is; per_step gives every step the same weight, so a clip of a bucket with
+small batches more than one of a bucket with large ones. Where all steps are alike, per_step and per_sample are too.
 
 Noise and noise level of a clip are keyed by its draw and the step, so they are the same on every mesh.
 
 Shapes: `B c t h w` latents, `B S Q` predictions on patches.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,18 +42,16 @@ def keyed_noise(key_: int, shape: tuple[int, ...]) -> Tensor:
 class Flow:
     """The objective of a run."""
 
-    def __init__(
-        self, config: FlowConfig, loss: LossConfig, *, seed: int, patch_size: tuple[int, int, int], global_batch: int
-    ) -> None:
+    def __init__(self, config: FlowConfig, loss: LossConfig, *, seed: int, patch_size: tuple[int, int, int]) -> None:
         self._config, self._loss, self._seed = config, loss, seed
-        self._patch_size, self._global_batch = patch_size, global_batch
+        self._patch_size = patch_size
 
     def noise(self, batch: Batch, *, step: int) -> Noised:
         """Noise a training batch."""
         shape = tuple(batch.latents.shape[1:])
         noises = torch.stack([keyed_noise(key(self._seed, "noise", uid=d, step=step), shape) for d in batch.draws])
         sigmas = [
-            self._sigma(draw, place, batch.latent, step)
+            self._sigma(draw, place / batch.step_samples, 1 / batch.step_samples, latent=batch.latent, step=step)
             for draw, place in zip(batch.draws, batch.positions, strict=True)
         ]
         return self.mix(batch, noises, sigmas)
@@ -85,9 +90,9 @@ class Flow:
             return sums
         return sums / (sum(tokens.layout.valid) * prediction_bsq.shape[2])
 
-    def global_count(self, counts: tuple[int, ...], latents: list[LatentShape], channels: int) -> float:
-        """What the step's sum is divided by. counts: samples a bucket over all ranks; latents: the buckets' shapes."""
-        if self._loss.weight == "per_sample":
+    def global_count(self, counts: Sequence[float], latents: Sequence[LatentShape], channels: int) -> float:
+        """What a sum is divided by. counts: samples a bucket over all ranks; latents: the buckets' shapes."""
+        if self._loss.weight != "per_token":
             return float(sum(counts))
         elements = (latent.frames * latent.height * latent.width * channels for latent in latents)
         return float(sum(count * n for count, n in zip(counts, elements, strict=True)))
@@ -97,8 +102,11 @@ class Flow:
         k = shift_value(self._config.shift, num_tokens(latent, self._patch_size))
         return noise_level(self._config, u, k)
 
-    def _sigma(self, draw: str, position: int, latent: LatentShape, step: int) -> float:
+    def _sigma(self, draw: str, stratum: float, width: float, *, latent: LatentShape, step: int) -> float:
+        """stratum, width: the part of (0, 1) that is this sample's where the samples of a step share it out; an empty
+        slot has none.
+        """
         u = uniform(key(self._seed, "timestep", uid=draw, step=step))
-        if self._config.timesteps.stratified and position >= 0:
-            u = (position + u) / self._global_batch
+        if self._config.timesteps.stratified and stratum >= 0:
+            u = stratum + u * width
         return self.sigma_at(u, latent)

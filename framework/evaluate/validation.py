@@ -14,7 +14,7 @@ from framework.data.buckets import Stream, bucket_views
 from framework.data.config import BucketConfig
 from framework.data.loader import BatchBuilder
 from framework.data.order import Order
-from framework.data.schedule import MicroBatch, Place, Slot, cut, share
+from framework.data.schedule import MicroBatch, Place, Slot, cut
 from framework.diffusion.flow import Flow, keyed_noise
 from framework.evaluate.config import ValidationConfig
 from framework.keys import key
@@ -57,7 +57,15 @@ class Validation:
         self._buckets, self._seed, self._patch_size = buckets, seed, patch_size
         self._slots = held_out_slots(streams, buckets, config.samples, seed)
         places = [Place(mesh.dp.index, mesh.dp.size) for mesh in meshes]
-        self._micro = [cut(b, share(slots, places[b]), micro_batch) for b, slots in enumerate(self._slots)]
+        self._micro = [
+            cut(
+                b,
+                [None if i is None else slots[i] for i in share(len(slots), places[b])],
+                micro_batch,
+                step_samples=len(slots),
+            )
+            for b, slots in enumerate(self._slots)
+        ]
 
     @torch.no_grad()
     def run(self, predict: Predictor) -> ValidationLoss:

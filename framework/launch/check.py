@@ -8,6 +8,7 @@ from framework.checkpoint.fence import check_owner
 from framework.checkpoint.find import check_source, newest, store_of
 from framework.data.buckets import bucket_views, check_held_out, open_streams
 from framework.data.config import StreamConfig
+from framework.data.splits import resolve_degrees
 from framework.models.config import is_adapter
 from framework.parallel.config import MeshShape, resolve_mesh, split_shape
 from framework.plan.parameters import parameter_shapes
@@ -38,6 +39,7 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     num_gpus: that each of its machines shows.
     """
     shape = resolve_mesh(recipe.mesh, num_ranks=num_ranks, num_gpus=num_gpus)
+    recipe = resolve_degrees(recipe, shape)
     for index in range(len(recipe.data.buckets)):
         split_shape(shape, *bucket_degrees(recipe, index))
     recipe.zero.partition_size(shape.dp * shape.cp)

@@ -51,7 +51,7 @@ def shrink_recipe(path: Path, overrides: list[str], meshes: list[str], folder: P
     buckets = shrink_buckets(recipe, modulus=math.lcm(*cp, *own) * tp)
     for bucket in buckets:
         write_latents(folder / bucket.name, bucket)
-    batch = recipe.data.global_batch
+    batch = recipe.data.global_batch // recipe.data.rounds
     shrunk = replace(
         recipe,
         run=str(folder / "run"),
@@ -77,7 +77,7 @@ def shrink_recipe(path: Path, overrides: list[str], meshes: list[str], folder: P
             recipe.data,
             streams=[StreamConfig(str(folder / bucket.name)) for bucket in buckets],
             buckets=buckets,
-            global_batch=min(batch, 2 * dp + batch % dp),
+            global_batch=recipe.data.rounds * min(batch, 2 * dp + batch % dp),
             micro_batch=min(recipe.data.micro_batch, 2),
         ),
         validation=ValidationConfig(),

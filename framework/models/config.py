@@ -114,6 +114,16 @@ class ModelConfig:
         return self.out_channels * math.prod(self.patch_size)
 
 
+def training_cost(model: ModelConfig, *, text: int) -> tuple[float, float]:
+    """(a, b): training on a sample of S tokens takes a S^2 + b S FLOPs, forward and backward, beside what doesn't grow
+    with S (`plan/flops.py` has the terms). text: tokens of a caption.
+    """
+    width, layers = model.width, model.num_layers
+    linears = 2 * width * (6 * width + 2 * model.ffn_dim) + 4 * width * text
+    around = 2 * width * (model.in_patch_dim + model.out_patch_dim)
+    return 3.0 * layers * 4 * width, 3.0 * (layers * linears + around)
+
+
 @dataclass(frozen=True)
 class ExecutionConfig:
     """How a step is computed, without a change of what is computed.

@@ -14,9 +14,11 @@ from torch import nn
 from framework.checkpoint.fence import Fence, claim, own
 from framework.checkpoint.source import CheckpointSource, check_config, fill, open_source
 from framework.data.buckets import Stream, open_streams
+from framework.data.budget import micro_sizes, plan_batches
 from framework.data.config import StreamConfig
 from framework.data.loader import BatchBuilder
 from framework.data.schedule import Place, Schedule
+from framework.data.splits import resolve_degrees
 from framework.diffusion.flow import Flow
 from framework.environment import Environment
 from framework.kernels.attention import build_attention
@@ -30,7 +32,7 @@ from framework.parallel.config import resolve_mesh
 from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import Group, Mesh, build_mesh, world_group
 from framework.parallel.zero.engine import Engine
-from framework.recipe import Recipe, bucket_degrees, flatten
+from framework.recipe import Recipe, bucket_degrees, bucket_tokens, flatten, resolve_auto
 from framework.run import Run, RunFailure, latest_attempt, lock_run, make_identity, open_attempt, store_recipe
 from framework.storage.storage import Storage
 from framework.text.encoder import TextEncoder, build_text_encoder
@@ -86,8 +88,20 @@ def bucket_meshes(recipe: Recipe, mesh: Mesh) -> list[Mesh]:
 
 def build_schedule(recipe: Recipe, streams: list[Stream], meshes: list[Mesh]) -> Schedule:
     """What this rank does in each step. meshes: of each bucket."""
-    places = [Place(mesh.dp.index, mesh.dp.size) for mesh in meshes]
-    return Schedule(recipe.data, streams, seed=recipe.seed, places=places)
+    tokens = [bucket_tokens(recipe, index).num_tokens / mesh.cp.size for index, mesh in enumerate(meshes)]
+    return Schedule(
+        recipe.data,
+        streams,
+        seed=recipe.seed,
+        batches=plan_batches(recipe),
+        places=[Place(mesh.dp.index, mesh.dp.size) for mesh in meshes],
+        micro_sizes=micro_sizes(recipe.data.micro_batch, tokens),
+    )
+
+
+def settle(recipe: Recipe, env: Environment) -> Recipe:
+    """The recipe with what this machine and the number of ranks decide: kernel, degrees of buckets."""
+    return resolve_degrees(resolve_auto(recipe), resolve_mesh(recipe.mesh, num_ranks=env.world_size))
 
 
 def this_device() -> torch.device:
@@ -247,5 +261,4 @@ def build_flow(recipe: Recipe) -> Flow:
         recipe.loss,
         seed=recipe.seed,
         patch_size=recipe.model.patch_size,
-        global_batch=recipe.data.global_batch,
     )

@@ -5,6 +5,7 @@ that aren't there (parallel/fake.py).
 from dataclasses import dataclass
 from fractions import Fraction
 
+from framework.data.splits import resolve_degrees
 from framework.ema import Ema
 from framework.environment import be_first_rank
 from framework.parallel.config import MeshShape
@@ -60,6 +61,6 @@ def count_step(recipe: Recipe, mesh: Mesh) -> Counted:
 def count_fake_step(recipe: Recipe, shape: MeshShape) -> Counted:
     """The same on the first rank of a mesh that isn't there, in a process that has joined no process group."""
     be_first_rank()
-    recipe = resolve_auto(recipe)
+    recipe = resolve_degrees(resolve_auto(recipe), shape)
     with fake_mesh(shape, build.bucket_splits(recipe)) as mesh:
         return count_step(recipe, mesh)

@@ -4,6 +4,7 @@ import gc
 import signal
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -48,12 +49,14 @@ class Objective(Protocol):
 
     def loss_sum(self, prediction_bsq: Tensor, tokens: Tokens, /) -> Tensor: ...
 
-    def global_count(self, counts: tuple[int, ...], latents: list[LatentShape], channels: int, /) -> float: ...
+    def global_count(self, counts: Sequence[float], latents: Sequence[LatentShape], channels: int, /) -> float: ...
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop works with. meshes: as each bucket sees the mesh."""
+    """What the loop works with. meshes: as each bucket sees the mesh. expected: samples of each bucket in a step, on
+    average.
+    """
 
     recipe: Recipe
     mesh: Mesh
@@ -65,21 +68,28 @@ class Parts:
     loader: Loader
     latents: list[LatentShape]
     num_tokens: list[int]
+    expected: tuple[float, ...]
 
     def global_count(self, work: Work) -> float:
-        """What the step's sum of losses is divided by: a pure function of the schedule."""
-        return self.flow.global_count(
-            work.counts, self.latents, self.recipe.model.out_channels or self.recipe.model.in_channels
-        )
+        """What the gradient of the step's sum of losses is divided by: a pure function of the schedule."""
+        return self._count(work.counts if self.recipe.loss.weight == "per_step" else self.expected)
+
+    def own_count(self, work: Work) -> float:
+        """What the step's sum of losses is divided by to be a mean."""
+        return self._count(work.counts)
+
+    def _count(self, counts: Sequence[float]) -> float:
+        model = self.recipe.model
+        return self.flow.global_count(counts, self.latents, model.out_channels or model.in_channels)
 
 
 def train(invocation: Resolved, env: Environment) -> Verdict:
     """Train until train.steps, or until a signal asks to stop."""
     stop = StopFlag()
-    recipe = resolve_auto(invocation.recipe)
+    recipe = build.settle(invocation.recipe, env)
     mesh = build.open_mesh(recipe, env)
     storage = store_of(recipe)
-    run, fence = build.open_run(recipe, invocation.overrides, mesh, storage)
+    run, fence = build.open_run(resolve_auto(invocation.recipe), invocation.overrides, mesh, storage)
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
     ema = Ema(engine.fragments(), recipe.ema)
@@ -156,7 +166,7 @@ def loop(
             step=progress.step,
             loss_sum=loss_sum,
             work=reduction,
-            count=parts.global_count(work),
+            count=parts.own_count(work),
             grad_norm=stats.grad_norm,
             lr=learning_rate(recipe.optimizer, step=work.step),
             tokens=step_tokens(work, parts.num_tokens),
@@ -265,6 +275,7 @@ def build_parts(recipe: Recipe, mesh: Mesh, engine: Engine, *, ema: Ema, encoder
         loader=Loader(builder, schedule, start=start, stop=recipe.train.steps, prefetch=recipe.data.prefetch),
         latents=[latent_shape(bucket.clip, encoders.tokenizer.strides) for bucket in recipe.data.buckets],
         num_tokens=[bucket_tokens(recipe, index).num_tokens for index in range(len(recipe.data.buckets))],
+        expected=schedule.batches.expected(recipe.data.rounds),
     )
 
 
@@ -310,8 +321,10 @@ def publish(metrics: MetricsWriter, report: ProgressReport, record: StepRecord) 
 def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
     """What a start prints."""
     recipe, shape = parts.recipe, parts.mesh.shape
+    sizes = parts.schedule.batches.sizes
     buckets = ", ".join(
-        f"{bucket.name} = {tokens} tokens" for bucket, tokens in zip(recipe.data.buckets, parts.num_tokens, strict=True)
+        f"{size} x {bucket.name} = {size * tokens} tokens"
+        for bucket, tokens, size in zip(recipe.data.buckets, parts.num_tokens, sizes, strict=True)
     )
     num_micro = parts.schedule[progress.step].num_micro
     zero = engine_traffic(recipe, shape, parts.mesh.rank, num_micro)
@@ -324,6 +337,6 @@ def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
         *partial,
         f"mesh {shape} = {shape.world_size} ranks, ZeRO stage {recipe.zero.stage} ({recipe.zero.engine}), "
         f"{recipe.precision.parameters}",
-        f"buckets: {buckets}; {recipe.data.global_batch} samples a step, {parts.schedule.waste():.1%} of slots empty",
+        f"buckets: {buckets}; {parts.schedule.waste():.1%} of slots empty",
         f"ZeRO sends {float(zero.total) / 1e6:,.1f} MB a rank and step, {zero.ratio:.3f} of its stage's least",
     ]

@@ -35,7 +35,7 @@ from framework.parallel.config import resolve_mesh
 from framework.parallel.mesh import close_mesh
 from framework.programs import build
 from framework.programs.train import Objective, Parts, accumulate, build_parts
-from framework.recipe import Recipe, resolve_auto
+from framework.recipe import Recipe
 
 HEAD = "proj_out.weight"
 HEAD_STD = 0.1
@@ -73,7 +73,7 @@ def observe(recipe: Recipe, env: Environment, *, steps: int) -> Observation | No
 
     steps: optimizer steps; 0 takes the first gradient only.
     """
-    recipe = resolve_auto(recipe)
+    recipe = build.settle(recipe, env)
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, eps=max(recipe.optimizer.eps, EPS)))
     mesh = build.open_mesh(recipe, env, apart=PATHS)
     model, shards = build.build_model(recipe, mesh)
@@ -141,7 +141,7 @@ def one_step(parts: Parts, *, gather: bool, update: bool) -> tuple[float, Found]
     stats = parts.engine.step(lr=lr)
     local = torch.stack([loss.double() for loss, _ in losses]).sum().cpu()
     total = summed(local, parts.mesh.control, "loss")
-    return float(total) / parts.global_count(work), Found(
+    return float(total) / parts.own_count(work), Found(
         stats.grad_norm, {name: value.numpy() for name, value in gradients.items()}
     )
 

@@ -72,3 +72,14 @@ def text_width(config: TextConfig) -> int | None:
             return 384
         case "hf":
             return None
+
+
+def text_length(config: TextConfig) -> int:
+    """Tokens of an embedded caption, padding included."""
+    match config.name:
+        case "bytes":
+            return (config.bytes or BytesConfig()).max_length
+        case "minilm":
+            return (config.minilm or MinilmConfig()).max_length
+        case "hf":
+            return (config.hf or HfConfig()).max_length

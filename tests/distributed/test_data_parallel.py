@@ -11,12 +11,12 @@ from tiny import write_latents, write_recipe
 from torch import Tensor
 
 from framework.batch import Tokens
-from framework.data.schedule import Place, Schedule
 from framework.kernels.reference import ReferenceAttention
 from framework.keys import key
 from framework.models.dit import DiT
 from framework.models.initialise import init_tensor
 from framework.models.patchify import patchify
+from framework.parallel.mesh import lone_mesh
 from framework.programs import build
 from framework.recipe import Recipe, load_recipe
 from framework.shapes import ClipShape
@@ -26,14 +26,15 @@ MESHES = [(1, 1), (1, 2), (2, 2), (3, 2), (2, 3), (3, 3), (4, 2), (4, 1)]  # (dp
 
 @pytest.fixture(scope="module")
 def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two buckets, a global batch of 8 that neither bucket nor dp 3 divides, micro-batches of 2."""
+    """Two buckets in a step, batches of them that dp 3 doesn't divide, micro-batches of 2."""
     folder = tmp_path_factory.mktemp("parity")
     write_latents(folder / "short")
     write_latents(folder / "long", clip=ClipShape(9, 16, 32), prefix="long")
     words = [
         f"data.streams=[{{path: {folder / 'short'}}}, {{path: {folder / 'long'}}}]",
         "data.buckets=[{frames: 5, height: 16, width: 16}, {frames: 9, height: 16, width: 32, weight: 0.6}]",
-        "data.global_batch=8",
+        "data.global_batch=20",
+        "data.rounds=5",
         "data.micro_batch=2",
         "mesh.dp=auto",
         "train.steps=20",
@@ -52,7 +53,7 @@ def serial_gradients(recipe: Recipe) -> tuple[float, dict[str, Tensor]]:
         value = init_tensor(name, tuple(parameter.shape), generator, recipe.model)
         parameter.data.copy_(ranks.projection(tuple(parameter.shape)) if name == "proj_out.weight" else value)
     streams = build.open_data(recipe, recipe.data.streams)
-    schedule = Schedule(recipe.data, streams, seed=recipe.seed, places=[Place(0, 1)] * 2)
+    schedule = build.build_schedule(recipe, streams, [lone_mesh()] * 2)
     builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=recipe.text.dropout)
     flow, total = build.build_flow(recipe), torch.zeros(())
     for micro in schedule[0].micro_batches:
@@ -61,7 +62,7 @@ def serial_gradients(recipe: Recipe) -> tuple[float, dict[str, Tensor]]:
         tokens = patchify(noised, recipe.model.patch_size)
         prediction = predict(model, tokens, batch.condition.text, batch.condition.text_mask)
         assert tokens.target is not None
-        total = total + (prediction - tokens.target).square().flatten(1).mean(1).sum() / recipe.data.global_batch
+        total = total + (prediction - tokens.target).square().flatten(1).mean(1).sum() / schedule[0].num_samples
     total.backward()
     return float(total.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -89,7 +90,8 @@ def test_same_samples_noise_and_timesteps(
     first_steps: dict[tuple[int, int], list[ranks.FirstStep]], mesh: tuple[int, int]
 ) -> None:
     seen = [sample for rank in first_steps[mesh] for sample in rank.samples.items()]
-    assert len(seen) == 8, "no sample is lost or taken twice"
+    assert len(seen) == len(dict(seen)), "no sample is taken twice"
+    assert {draw.split("#")[1] for draw, _ in seen} == {"5x16x16", "9x16x32"}
     assert dict(seen) == first_steps[1, 1][0].samples
 
 

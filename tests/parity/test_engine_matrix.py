@@ -70,6 +70,7 @@ class Cell:
             f"data.buckets=[{', '.join(buckets)}]",
             f"data.streams=[{', '.join(streams)}]",
             f"data.global_batch={self.batch}",
+            f"data.rounds={2 if len(buckets) > 1 and self.batch % 2 == 0 else 1}",
             f"data.micro_batch={self.micro}",
             f"execution.recompute={self.recompute}",
             *PARTIAL[self.partial],

@@ -119,7 +119,7 @@ def test_half_a_place_in_the_environment(tiny_recipe: Path, tmp_path: Path, envi
 def test_an_empty_shard_directory(tiny_recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     message = refused("train", str(tiny_recipe), "data.streams.0.path=empty", folder=tmp_path)
-    assert "no shards in empty: make some with `cuboid prepare" in message
+    assert "no shards in empty: make them with `cuboid prepare" in message
 
 
 def test_a_truncated_shard_is_named(tiny_recipe: Path, tiny_shards: Path, tmp_path: Path) -> None:

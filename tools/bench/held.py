@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from framework.batch import Batch, Condition
-from framework.data.schedule import MicroBatch, Place, Slot, Work, cut, share
+from framework.data.schedule import MicroBatch, Place, Slot, Work, cut
 from framework.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from framework.diffusion.timesteps import num_tokens, shift_value
 from framework.keys import key
@@ -33,10 +33,16 @@ class HeldBatches:
         self._encoder, strides = build.build_encoders(recipe).text, tokenizer_strides(recipe.tokenizer)
         slots = [Slot(i, i % len(buckets), 0, i, f"clip{i}", f"clip{i}#0.0") for i in range(recipe.data.global_batch)]
         groups = [[slot for slot in slots if slot.bucket == b] for b in range(len(buckets))]
+        size = recipe.data.micro_batch
         micros = [
             micro
             for b, members in enumerate(groups)
-            for micro in cut(b, share(members, places[b]), recipe.data.micro_batch)
+            for micro in cut(
+                b,
+                [None if i is None else members[i] for i in share(len(members), places[b])],
+                size,
+                step_samples=len(slots),
+            )
         ]
         self.work = Work(0, tuple(micros), tuple(len(members) for members in groups))
         self.latents = [latent_shape(bucket.clip, strides) for bucket in buckets]
@@ -58,6 +64,7 @@ class HeldBatches:
             uids=tuple(slot.uid for slot in chosen),
             draws=tuple(slot.draw for slot in chosen),
             positions=tuple(slot.position for slot in chosen),
+            step_samples=micro.step_samples,
             bucket=micro.bucket,
             clip=self._recipe.data.buckets[micro.bucket].clip,
             latent=latent,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from framework.data.order import Mixture, Order, View, permute, permute_all
+from framework.data.order import Mixture, Order, View, permute, permute_many
 from framework.keys import key
 
 # One test in a million would fail for a perfect permutation; the keys are fixed, so none does so today only.
@@ -33,7 +33,7 @@ def test_permute_sends_every_pair_everywhere(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000])
 def test_all_at_once_is_one_by_one(size: int) -> None:
     for key_ in (0, key(7, "shards"), 2**64 - 1):
-        assert permute_all(size, key_).tolist() == [permute(i, size, key_) for i in range(size)]
+        assert permute_many(np.arange(size), size, key_).tolist() == [permute(i, size, key_) for i in range(size)]
 
 
 def test_neighbours_are_torn_apart() -> None:

@@ -21,7 +21,7 @@ CONFIG = FlowConfig(shift=ShiftConfig("fixed", FixedShiftConfig(K)))
 
 
 def make_flow(config: FlowConfig = CONFIG, weight: str = "per_sample", patch: tuple[int, int, int] = (2, 1, 2)) -> Flow:
-    return Flow(config, LossConfig(weight), seed=SEED, patch_size=patch, global_batch=5)  # type: ignore[arg-type]
+    return Flow(config, LossConfig(weight), seed=SEED, patch_size=patch)  # type: ignore[arg-type]
 
 
 def make_batch(draws: Sequence[str], positions: Sequence[int] | None = None) -> Batch:
@@ -34,6 +34,7 @@ def make_batch(draws: Sequence[str], positions: Sequence[int] | None = None) -> 
         uids=tuple(draws),
         draws=tuple(draws),
         positions=tuple(positions if positions is not None else range(len(draws))),
+        step_samples=5,
         bucket=0,
         clip=ClipShape(13, 16, 48),
         latent=LATENT,
@@ -84,9 +85,7 @@ def test_step_draw_and_seed_change_noise_and_level() -> None:
     for other in (
         make_flow().noise(make_batch(["a"]), step=STEP + 1),
         make_flow().noise(make_batch(["b"]), step=STEP),
-        Flow(CONFIG, LossConfig(), seed=SEED + 1, patch_size=(2, 1, 2), global_batch=5).noise(
-            make_batch(["a"]), step=STEP
-        ),
+        Flow(CONFIG, LossConfig(), seed=SEED + 1, patch_size=(2, 1, 2)).noise(make_batch(["a"]), step=STEP),
     ):
         assert levels(other) != levels(reference) and not torch.equal(other.target, reference.target)
 
@@ -139,11 +138,12 @@ def test_empty_slots_weigh_nothing(weight: str) -> None:
 
 def test_the_global_count_by_hand() -> None:
     latents = [LatentShape(2, 2, 2), LatentShape(3, 4, 5)]
-    assert make_flow().global_count((3, 2), latents, channels=8) == 5.0
+    for weight in ("per_sample", "per_step"):
+        assert make_flow(weight=weight).global_count((3, 2), latents, channels=8) == 5.0
     assert make_flow(weight="per_token").global_count((3, 2), latents, channels=8) == 3 * 64 + 2 * 480
 
 
-@pytest.mark.parametrize("weight", ["per_sample", "per_token"])
+@pytest.mark.parametrize("weight", ["per_sample", "per_token", "per_step"])
 def test_sum_over_count_is_the_mean(weight: str) -> None:
     """Two batches of other shapes: the mean over clips, or over elements, of the squared error on whole latents."""
     flow, patch = make_flow(weight=weight, patch=(1, 2, 2)), (1, 2, 2)
@@ -160,7 +160,7 @@ def test_sum_over_count_is_the_mean(weight: str) -> None:
         noise = torch.Generator().manual_seed(clips)
         torch.randn(shape, generator=noise)
         errors += list(((torch.randn(shape, generator=noise) - target).double() ** 2).flatten(1))
-    mean = sum(e.mean() for e in errors) / 5 if weight == "per_sample" else torch.cat(errors).mean()
+    mean = sum(e.mean() for e in errors) / 5 if weight != "per_token" else torch.cat(errors).mean()
     assert total / flow.global_count((3, 2), [small, large], channels=3) == pytest.approx(float(mean), rel=1e-6)
 
 
