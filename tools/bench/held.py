@@ -37,12 +37,7 @@ class HeldBatches:
         micros = [
             micro
             for b, members in enumerate(groups)
-            for micro in cut(
-                b,
-                [None if i is None else members[i] for i in share(len(members), places[b])],
-                size,
-                step_samples=len(slots),
-            )
+            for micro in cut(b, pick(members, places[b]), size, step_samples=len(slots))
         ]
         self.work = Work(0, tuple(micros), tuple(len(members) for members in groups))
         self.latents = [latent_shape(bucket.clip, strides) for bucket in buckets]
