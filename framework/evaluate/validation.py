@@ -14,7 +14,7 @@ from framework.data.buckets import Stream, bucket_views
 from framework.data.config import BucketConfig
 from framework.data.loader import BatchBuilder
 from framework.data.order import Order
-from framework.data.schedule import MicroBatch, Place, Slot, cut
+from framework.data.schedule import MicroBatch, Place, Slot, cut, pick
 from framework.diffusion.flow import Flow, keyed_noise
 from framework.evaluate.config import ValidationConfig
 from framework.keys import key

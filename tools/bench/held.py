@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from framework.batch import Batch, Condition
-from framework.data.schedule import MicroBatch, Place, Slot, Work, cut
+from framework.data.schedule import MicroBatch, Place, Slot, Work, cut, pick
 from framework.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from framework.diffusion.timesteps import num_tokens, shift_value
 from framework.keys import key
