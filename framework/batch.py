@@ -13,21 +13,6 @@ from framework.shapes import ClipShape, LatentShape
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One clip of one draw, on its way from a shard.
-
-    draw: unique within a run's step (uid and epoch): what noise and timestep are keyed by. latents: `c t h w` float32,
-    normalised. weight: 1, or 0 for an empty slot.
-    """
-
-    uid: str
-    draw: str
-    latents: Tensor
-    caption: str
-    weight: float
-
-
-@dataclass(frozen=True)
 class Condition:
     """What the model is told beside the noised latents.
 
@@ -45,6 +30,7 @@ class Batch:
 
     latents: `B c t h w` float32. weights: `B`, 0 for empty slots. draws and uids: B strings. positions: each sample's
     place among the step's `step_samples` samples over all ranks, -1 for empty slots. bucket: its place in the recipe.
+    lost: samples whose data file is damaged, empty slots now, on the rank that read them.
     """
 
     latents: Tensor
@@ -57,6 +43,7 @@ class Batch:
     bucket: int
     clip: ClipShape
     latent: LatentShape
+    lost: int = 0
 
 
 @dataclass(frozen=True)

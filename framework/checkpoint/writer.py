@@ -35,7 +35,7 @@ from framework.checkpoint.staging import Staging
 from framework.checkpoint.write import FileLayout, KeyedBox, Range, lay_out, put_checksummed, write_file
 from framework.parallel.collectives import broadcast_object, gather_objects
 from framework.parallel.fragments import Fragment, ParameterShard
-from framework.parallel.mesh import Group, Mesh, saving_group
+from framework.parallel.mesh import Group, Mesh, background_group
 from framework.storage.storage import Storage
 
 MANY_BOXES = 100_000
@@ -88,7 +88,7 @@ class CheckpointWriter:
     ) -> None:
         self._storage, self._config, self._fence = storage, config, fence
         self._subject, self._staging = subject, staging
-        self._group = saving_group(mesh, "world")
+        self._group = background_group(mesh, "world", "saving")
         self._exchange = build_exchange(staging, subject.shards, config, mesh)
         self._layouts = {
             state: lay_out(f"{state}-{mesh.rank:05}.distcp", state, self._ranges(state), buffer.dtype)
@@ -211,7 +211,7 @@ def build_exchange(
     wanted = config.layout == "even" or (config.layout == "adaptive" and total > MANY_BOXES)
     if not wanted or mesh.zero.size == 1:
         return None
-    group: Group = saving_group(mesh, "zero")
+    group: Group = background_group(mesh, "zero", "saving")
     first = next(iter(staging.ranges.values()), [])
     assert all(ranges == first for ranges in staging.ranges.values()), "all states are cut alike"
     return Exchange(first, [shard for shard in shards if shard.owner and shard.trainable], group)

@@ -161,6 +161,12 @@ def sum_gradient(x: Tensor, group: Group) -> Tensor:
     return x if group.size == 1 else SumGradient.apply(x, group)
 
 
+def broadcast_tensor(tensor: Tensor, group: Group, purpose: str) -> None:
+    """Fill a contiguous tensor with that of the group's first rank."""
+    group.traffic.count(purpose, sent(num_bytes(tensor), group))
+    dist.broadcast(tensor, src=group.ranks[0], group=group.process_group)
+
+
 def broadcast_object(value: T | None, group: Group, *, source: int = 0) -> T:
     """The value that the group's member `source` holds, on every member. For plans and flags, not for tensors."""
     if group.process_group is None:  # one process without torch.distributed
@@ -188,7 +194,8 @@ def shared_failure(failure: str | None, group: Group) -> str | None:
 
 def barrier(group: Group) -> None:
     """Wait for every member."""
-    dist.barrier(group=group.process_group)
+    if group.process_group is not None:
+        dist.barrier(group=group.process_group)
 
 
 def gather_fragments(fragments: list[Fragment], group: Group) -> dict[str, Tensor]:
