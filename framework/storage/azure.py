@@ -50,8 +50,8 @@ class Azure:
 
         name = type(error).__name__
         if isinstance(error, HttpResponseError) and not isinstance(error, IncompleteReadError):
-            status, code = int(error.status_code or 0), str(getattr(error, "error_code", "") or "")
-            fix = next((fix for codes, fix in FIXES if code.rpartition(".")[2] in codes), None)
+            status, code = int(error.status_code or 0), code_of(error)
+            fix = next((fix for codes, fix in FIXES if code in codes), None)
             if fix is not None:
                 return Fault(fix=fix)
             if not status and isinstance(error, ClientAuthenticationError):  # no request was made
@@ -100,6 +100,12 @@ class AzureContainer:
         blobs = found if limit is None else next(found.by_page(), ())
         # An account with a hierarchical namespace lists its folders too.
         return {blob.name: int(blob.size) for blob in blobs if "hdi_isfolder" not in (blob.metadata or {})}
+
+
+def code_of(error: Exception) -> str:
+    """Azure's own word for an error, which the library wraps in an enumeration when it knows it."""
+    code = getattr(error, "error_code", None) or ""
+    return str(getattr(code, "value", code))
 
 
 def setting(name: str) -> str:

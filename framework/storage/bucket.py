@@ -105,7 +105,7 @@ class Bucket:
             )
         self.url = f"{scheme}://{bucket}/{prefix}".rstrip("/")
         self._prefix = f"{prefix}/" if prefix else ""
-        self._cloud, self._patience = cloud, patience
+        self._cloud, self._patience, self._read_timeout = cloud, patience, read_timeout
         timeouts = Timeouts(min(CONNECT_TIMEOUT, read_timeout), read_timeout)
 
         def connect() -> Service:
@@ -133,7 +133,7 @@ class Bucket:
             self.url,
             self._cloud,
             patience=min(self._patience, READABLE_PATIENCE),
-            read_timeout=READABLE_TIMEOUT,
+            read_timeout=min(self._read_timeout, READABLE_TIMEOUT),
         )
         check_by_reading(self.url, lambda: quick._list("", SOME), quick.read_into)
 

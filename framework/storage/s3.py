@@ -40,7 +40,7 @@ FIXES: Final = (
     (("SignatureDoesNotMatch",), "the secret key is wrong: set AWS_SECRET_ACCESS_KEY"),
     (
         ("AccessDenied", "403"),
-        "these credentials may not do that: ask for the right to list and read (for checkpoints to write and delete too)",
+        "these credentials may not do that: ask for the right to list and read; for checkpoints to write and delete",
     ),
     (("ExpiredToken",), "the credentials have expired: renew them"),
 )
@@ -135,7 +135,8 @@ class S3:
             )
 
     def check_readable(self) -> None:
-        quick = S3(self.url, patience=min(self._patience, READABLE_PATIENCE), read_timeout=READABLE_TIMEOUT)
+        patience, read_timeout = min(self._patience, READABLE_PATIENCE), min(self._read_timeout, READABLE_TIMEOUT)
+        quick = S3(self.url, patience=patience, read_timeout=read_timeout)
         asked = {"Bucket": self._bucket, "Prefix": self._prefix, "MaxKeys": SOME}
 
         def some() -> dict[str, int]:
