@@ -98,7 +98,7 @@ class Bucket:
     ) -> None:
         """url: scheme://bucket/prefix. patience, read_timeout: seconds. Raises ValueError without a bucket."""
         scheme, _, path = url.partition("://")
-        bucket, _, prefix = path.strip("/").partition("/")
+        bucket, _, prefix = path.rstrip("/").partition("/")
         if not bucket or any(mark in path for mark in "@?#"):
             raise ValueError(
                 f"a place to read has the form {scheme}://{cloud.bucket}/prefix, with credentials in the environment"
@@ -170,7 +170,7 @@ class Bucket:
             pass
         if fault.passes:
             return StoreError(
-                f"{place}: no answer for {self._patience:.0f} s ({fault.fix}): is the server there? See "
+                f"{place}: no answer for {self._patience:g} s ({fault.fix}): is the server there? See "
                 f"{self._cloud.variables}"
             )
         return StoreError(f"{place}: {fault.fix}")

@@ -204,7 +204,7 @@ class S3:
             if "Credentials" in fix:
                 fix = "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
             elif passes(error):
-                fix = f"no answer for {self._patience:.0f} s ({fix}): is the server there? See AWS_ENDPOINT_URL"
+                fix = f"no answer for {self._patience:g} s ({fix}): is the server there? See AWS_ENDPOINT_URL"
         return StoreError(f"{place} at {endpoint}: {fix}")
 
 

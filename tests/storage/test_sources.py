@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 from object_store import ObjectStore
 
+from framework.storage import request
 from framework.storage.azure import Azure
 from framework.storage.bucket import Bucket
 from framework.storage.gcs import GoogleCloud
@@ -48,6 +49,7 @@ OBJECTS = {
     "a/c": b"0123456789",
 }
 CLOUDS = ("s3", "gs", "az")
+HANG = 2.5  # seconds; longer than any client of these tests waits
 
 
 class Quiet(BaseHTTPRequestHandler):
@@ -105,7 +107,7 @@ class Proxy:
                 if isinstance(fault, int):
                     self.answer(fault, f"{SECRET} {self.headers.get('Authorization')}".encode(), {})
                 elif fault in ("break", "hang"):
-                    time.sleep(2.5 if fault == "hang" else 0)
+                    time.sleep(HANG if fault == "hang" else 0)
                     self.close_connection = True
                 else:
                     client = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=20)
@@ -135,9 +137,9 @@ class Place:
 
     def impatient(self, patience: float = 20.0) -> Source:
         if self.url.startswith("s3"):
-            return S3(self.url, patience=patience, read_timeout=1.0)
+            return S3(self.url, patience=patience, read_timeout=0.5)
         cloud = GoogleCloud() if self.url.startswith("gs") else Azure()
-        return Bucket(self.url, cloud, patience=patience, read_timeout=1.0)
+        return Bucket(self.url, cloud, patience=patience, read_timeout=0.5)
 
     def point(self, endpoint: str, key: str = AZURITE_KEY) -> None:
         self.monkeypatch.setenv(self.endpoint, self.template.format(endpoint, key=key))
@@ -256,7 +258,7 @@ def s3_port(object_store: ObjectStore) -> int:
 
 
 @pytest.fixture(params=[*CLOUDS, "azurite"])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     kind = request.param
     fixture = {"s3": "s3_port", "gs": "gcs_port", "az": "azure_port", "azurite": "azurite_port"}[kind]
     proxy = Proxy(request.getfixturevalue(fixture))
@@ -272,7 +274,9 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pl
         text = f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={{key}};BlobEndpoint={{}}/{ACCOUNT};"
         made = Place("az://vid/data", proxy, monkeypatch, "AZURE_STORAGE_CONNECTION_STRING", text)
     made.point(proxy.url)
-    return made
+    yield made
+    proxy.server.shutdown()
+    proxy.server.server_close()
 
 
 def check_contents(source: Source) -> None:
@@ -308,6 +312,7 @@ def test_a_directory_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", [500, 503, 429, "cut", "break", "hang"])
 def test_what_another_try_mends(place: Place, fault: int | str) -> None:
+    place.monkeypatch.setattr(request, "FIRST_PAUSE", 0.01)
     source = place.impatient()
     place.proxy.faults += [fault]
     part = memoryview(bytearray(4))
@@ -366,39 +371,20 @@ def test_places_that_cannot_be_read(place: Place) -> None:
     scheme = place.url[:5]
     assert "nothing is there" in refused(open_source(f"{scheme}vid/typo"))
     place.proxy.faults += ["hang"] * 20
-    check_message(place, text := refused(place.impatient(patience=1.0)))
-    assert "no answer for 1 s" in text
+    check_message(place, text := refused(place.impatient(patience=0.3)))
+    assert "no answer for 0.3 s" in text
     place.proxy.faults.clear()
     if scheme != "s3://":  # there a reader of one bucket isn't told whether another exists
         assert "doesn't exist: make it, or name another" in refused(open_source(f"{scheme}nowhere/data"))
     place.point(f"http://me:hunter2@127.0.0.1:{free_port()}")
-    text = refused(place.impatient(patience=1.0))
-    assert "no answer for 1 s" in text and "127.0.0.1" in text and "hunter2" not in text
+    text = refused(place.impatient(patience=0.3))
+    assert "no answer for 0.3 s" in text and "127.0.0.1" in text and "hunter2" not in text
 
 
 @pytest.mark.parametrize("place", ["gs"], indirect=True)
 def test_a_check_ends_in_time_where_listing_takes_long_and_reading_hangs(place: Place) -> None:
-    place.proxy.faults += [503, 503, 503, "list", *["hang"] * 20]
+    place.proxy.faults += [503, 503, "list", *["hang"] * 20]
     assert "no answer for 3 s" in refused(open_source(place.url))
-
-
-@pytest.mark.parametrize(
-    ("bucket", "environment", "part"),
-    [
-        ("nowhere", {"ACCESS_KEY_ID": "trainerkey", "SECRET_ACCESS_KEY": "trainersecret"}, "the bucket doesn't exist"),
-        ("other", {}, "these credentials may not do that: ask for the right to list and read"),
-        ("vid", {"ACCESS_KEY_ID": "wrongkey"}, "the access key is unknown"),
-        ("vid", {"SECRET_ACCESS_KEY": "wrongsecret"}, "the secret key is wrong"),
-        ("vid", {"ACCESS_KEY_ID": "", "SECRET_ACCESS_KEY": ""}, "there are no credentials"),
-    ],
-)
-@pytest.mark.parametrize("place", ["s3"], indirect=True)
-def test_mistakes_with_s3(place: Place, bucket: str, environment: dict[str, str], part: str) -> None:
-    for name, value in environment.items():
-        place.monkeypatch.setenv(f"AWS_{name}", value)
-    place.monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    text = refused(open_source(f"s3://{bucket}/data"))
-    assert part in text and "secret" not in text.replace("secret key is wrong", "").replace("SECRET", "")
 
 
 @pytest.mark.parametrize("place", ["az", "azurite"], indirect=True)
