@@ -17,6 +17,8 @@ KEY = "AZURE_ACCOUNT_ACCESS_KEY"
 NO_CREDENTIALS = f"there are no credentials: set {ACCOUNT} and {KEY}, or {CONNECTION}"
 WRONG_KEY = f"the key or signature is wrong: set {KEY}, or {CONNECTION}"
 FORBIDDEN = "these credentials may not do that: ask for the right to list and read (the role Storage Blob Data Reader)"
+# Which of the three it was Azure doesn't say.
+REFUSED = f"the account refuses this: is {KEY} right, with the right to list and read, and from this network?"
 # Azure's words for errors, with what they mean.
 FIXES = (
     (
@@ -24,6 +26,7 @@ FIXES = (
         "the container doesn't exist: make it, or name another",
     ),
     (("AuthenticationFailed",), WRONG_KEY),
+    (("AuthorizationFailure",), REFUSED),
     (("NoAuthenticationInformation", "PublicAccessNotPermitted"), NO_CREDENTIALS),
     (("AccountIsDisabled",), "the account is disabled: name another"),
     (("InvalidRange",), "the object is shorter than what was asked for"),
