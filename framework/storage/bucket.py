@@ -164,10 +164,9 @@ class Bucket:
         place = f"{self.url}/{name}".rstrip("/")
         if fault.absent:
             return FileNotFoundError(f"{place} isn't there")
-        try:
-            place += f" at {redacted(self._service.get().endpoint)}"
-        except self._cloud.known():  # no client can be made: the fault says why
-            pass
+        service = self._service.made()  # none: the fault says why there is no client
+        if service is not None:
+            place += f" at {redacted(service.endpoint)}"
         if fault.passes:
             return StoreError(
                 f"{place}: no answer for {self._patience:g} s ({fault.fix}): is the server there? See "

@@ -38,10 +38,16 @@ class OfProcess(Generic[T]):
 
     def get(self) -> T:
         """This process's own. Raises what building it raises."""
+        made = self.made()
+        if made is None:
+            made = self._build()
+            self._made = (os.getpid(), made)
+        return made
+
+    def made(self) -> T | None:
+        """The same, None where it wasn't built yet or couldn't be."""
         made = self._made
-        if made is None or made[0] != os.getpid():
-            made = self._made = (os.getpid(), self._build())
-        return made[1]
+        return made[1] if made is not None and made[0] == os.getpid() else None
 
 
 def persist(

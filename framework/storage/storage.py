@@ -9,7 +9,9 @@ from typing import Protocol
 from framework.storage.bucket import Bucket
 from framework.storage.directory import Directory
 
-S3_SCHEME, GOOGLE_SCHEME, AZURE_SCHEME = "s3://", "gs://", "az://"
+S3_SCHEME = "s3://"
+GOOGLE_SCHEME = "gs://"
+AZURE_SCHEME = "az://"
 
 
 class Writer(Protocol):
