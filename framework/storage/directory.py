@@ -9,10 +9,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from framework.storage.request import check_by_reading
+
 # One write call takes at most 2 GiB on Linux, one read call at most 1,024 parts.
 LARGEST_WRITE = 1 << 30
 MOST_PARTS = 1024
 PARTIAL = ".partial"
+SOME = 20  # files that a check of a place to read looks at
 
 
 class FileWriter:
@@ -117,6 +120,23 @@ class Directory:
                     with suppress(FileNotFoundError):  # deleted meanwhile
                         found[name] = path.stat().st_size
         return dict(sorted(found.items()))
+
+    def check_readable(self) -> None:
+        some: dict[str, int] = {}
+        try:
+            if not self._root.is_dir():
+                raise ValueError(f"{self.url}: there is no such directory; is the name right?")
+            # The first folder that holds a file: a walk over all of them may take minutes.
+            for folder, _, files in os.walk(self._root, onerror=refuse):
+                paths = [Path(folder) / file for file in files[:SOME]]
+                some = {path.relative_to(self._root).as_posix(): path.stat().st_size for path in paths}
+                if some:
+                    break
+        except OSError as error:
+            raise ValueError(
+                f"{self.url}: {error.strerror}: {error.filename}; change its mode or name another"
+            ) from None
+        check_by_reading(self.url, lambda: some, self.read_into)
 
     def delete(self, names: Iterable[str]) -> None:
         folders: set[Path] = set()

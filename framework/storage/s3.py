@@ -5,9 +5,6 @@ a later try can mend is tried again for PATIENCE seconds: refused and broken con
 it can't, such as wrong credentials or a bucket that isn't there, is told at once.
 """
 
-import os
-import re
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,28 +12,38 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
+from framework.storage.request import (
+    CONNECT_TIMEOUT,
+    PART,
+    PATIENCE,
+    READ_TIMEOUT,
+    READABLE_PATIENCE,
+    READABLE_TIMEOUT,
+    THREADS,
+    OfProcess,
+    StoreError,
+    check_by_reading,
+    persist,
+    read_ranges,
+    redacted,
+)
+
 T = TypeVar("T")
 
-PATIENCE = 180.0  # seconds for which a server may be away
-CHECK_PATIENCE = 20.0  # the same before a run starts
-CONNECT_TIMEOUT = 5.0
-READ_TIMEOUT = 15.0
-LONGEST_PAUSE = 5.0
-PART = 16 << 20  # bytes; doubled after every 2,000 of the 10,000 parts that an upload may have
-PARTS_OF_A_SIZE = 2000
-THREADS = 4
+CHECK_PATIENCE = 20.0  # seconds for which a server may be away before a run starts
+PARTS_OF_A_SIZE = 2000  # of the 10,000 that an upload may have; after so many the size of a part is doubled
+SOME = 20  # objects that a check of a place to read lists
 PASSING: Final = frozenset({"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "ThrottlingException"})
 FIXES: Final = (
     (("NoSuchBucket",), "the bucket doesn't exist: make it, or name another"),
     (("InvalidAccessKeyId",), "the access key is unknown there: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
     (("SignatureDoesNotMatch",), "the secret key is wrong: set AWS_SECRET_ACCESS_KEY"),
-    (("AccessDenied", "403"), "these credentials may not do that: ask for the right to list, read, write and delete"),
+    (
+        ("AccessDenied", "403"),
+        "these credentials may not do that: ask for the right to list and read; for checkpoints to write and delete",
+    ),
     (("ExpiredToken",), "the credentials have expired: renew them"),
 )
-
-
-class S3Error(OSError):
-    """A request that failed for good. The message names object and endpoint, and no credential."""
 
 
 class S3:
@@ -52,7 +59,7 @@ class S3:
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
         self._patience, self._read_timeout = patience, read_timeout
-        self._made: tuple[int, Any] | None = None
+        self._client: OfProcess[Any] = OfProcess(partial(build_client, read_timeout))
 
     def open_writer(self, name: str) -> "S3Writer":
         return S3Writer(self, name)
@@ -85,33 +92,17 @@ class S3:
         return self.request(name, get)
 
     def read_into(self, name: str, offset: int, parts: Sequence[memoryview]) -> None:
-        total = sum(len(part) for part in parts)
-        ranges = [(start, min(start + PART, total)) for start in range(0, total, PART)]
-
-        def get(place: tuple[int, int]) -> bytes:
-            start, stop = place
-            span = f"bytes={offset + start}-{offset + stop - 1}"
-
+        def get(start: int, stop: int) -> bytes:
             def ranged(client: Any) -> bytes:
-                answer = client.get_object(Bucket=self._bucket, Key=self._prefix + name, Range=span)
+                answer = client.get_object(
+                    Bucket=self._bucket, Key=self._prefix + name, Range=f"bytes={start}-{stop - 1}"
+                )
                 data: bytes = answer["Body"].read()
                 return data
 
-            data = self.request(name, ranged)
-            if len(data) != stop - start:
-                raise S3Error(f"{self.url}/{name} ends at byte {offset + start + len(data)}, more was asked for")
-            return data
+            return self.request(name, ranged)
 
-        with ThreadPoolExecutor(min(THREADS, max(1, len(ranges)))) as pool:
-            left = iter([part for part in parts if len(part)])
-            part = memoryview(b"")
-            for data in pool.map(get, ranges):
-                rest = memoryview(data)
-                while rest:
-                    part = part if len(part) else next(left)
-                    count = min(len(part), len(rest))
-                    part[:count] = rest[:count]
-                    part, rest = part[count:], rest[count:]
+        read_ranges(f"{self.url}/{name}", offset, parts, get)
 
     def list(self, prefix: str = "") -> dict[str, int]:
         def pages(client: Any) -> dict[str, int]:
@@ -127,7 +118,7 @@ class S3:
             asked = {"Bucket": self._bucket, "Delete": {"Objects": batch, "Quiet": True}}
             answer = self.request("", partial(call, "delete_objects", asked))
             for error in answer.get("Errors", []):
-                raise S3Error(f"s3://{self._bucket}/{error['Key']} can't be deleted: {error.get('Message')}")
+                raise StoreError(f"s3://{self._bucket}/{error['Key']} can't be deleted: {error.get('Message')}")
 
     def check(self) -> None:
         quick = S3(self.url, patience=min(self._patience, CHECK_PATIENCE), read_timeout=self._read_timeout)
@@ -143,25 +134,28 @@ class S3:
                 f"{self.url}: this server takes no conditional puts (If-None-Match), which the fence needs"
             )
 
+    def check_readable(self) -> None:
+        patience, read_timeout = min(self._patience, READABLE_PATIENCE), min(self._read_timeout, READABLE_TIMEOUT)
+        quick = S3(self.url, patience=patience, read_timeout=read_timeout)
+        asked = {"Bucket": self._bucket, "Prefix": self._prefix, "MaxKeys": SOME}
+
+        def some() -> dict[str, int]:
+            items = quick.request("", partial(call, "list_objects_v2", asked)).get("Contents", [])
+            return {item["Key"].removeprefix(self._prefix): item["Size"] for item in items}
+
+        check_by_reading(self.url, some, quick.read_into)
+
     def request(self, name: str, action: Callable[[Any], T]) -> T:
         """Run `action` on the client, again while that can help. Raises OSError."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        deadline, pause = time.monotonic() + self._patience, 0.2
-        while True:
-            try:
-                return action(self._client())
-            except ValueError as error:
-                if isinstance(error, BotoCoreError):
-                    raise self._explained(name, error) from None
-                raise S3Error(f"{self.url}/{name}: AWS_ENDPOINT_URL isn't the URL of a server") from None
-            except (ClientError, BotoCoreError, OSError) as error:
-                if isinstance(error, S3Error):
-                    raise
-                if not passes(error) or time.monotonic() + pause > deadline:
-                    raise self._explained(name, error) from None
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        return persist(
+            lambda: action(self._client.get()),
+            seconds=self._patience,
+            known=(ClientError, BotoCoreError, OSError, ValueError),
+            passes=passes,
+            explained=partial(self._explained, name),
+        )
 
     def upload(self, name: str) -> str:
         """Begin an upload in parts; its id."""
@@ -190,31 +184,19 @@ class S3:
     def _place(self, name: str) -> dict[str, Any]:
         return {"Bucket": self._bucket, "Key": self._prefix + name}
 
-    def _client(self) -> Any:
-        """This process's client: a fork must not share its connections."""
-        if self._made is None or self._made[0] != os.getpid():
-            import boto3
-            from botocore.config import Config
-
-            config = Config(
-                connect_timeout=CONNECT_TIMEOUT,
-                read_timeout=self._read_timeout,
-                retries={"total_max_attempts": 1},
-                max_pool_connections=4 * THREADS,
-            )
-            self._made = (os.getpid(), boto3.session.Session().client("s3", config=config))
-        return self._made[1]
-
     def _explained(self, name: str, error: Exception) -> OSError:
         """The error as one message."""
+        from botocore.exceptions import BotoCoreError
+
+        if isinstance(error, ValueError) and not isinstance(error, BotoCoreError):
+            return StoreError(f"{self.url}/{name}: AWS_ENDPOINT_URL isn't the URL of a server")
         place = f"{self.url}/{name}".rstrip("/")
         code = code_of(error)
         if code in ("NoSuchKey", "NoSuchUpload", "404"):
             return FileNotFoundError(f"{place} isn't there")
         fix = next((fix for codes, fix in FIXES if code in codes), None)
         try:
-            # Without what may stand before an @.
-            endpoint = re.sub(r"//[^/@]*@", "//", self._client().meta.endpoint_url)
+            endpoint = redacted(self._client.get().meta.endpoint_url)
         except Exception:  # no client can be made: the error itself says why
             endpoint = "none"
         if fix is None:
@@ -222,8 +204,8 @@ class S3:
             if "Credentials" in fix:
                 fix = "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
             elif passes(error):
-                fix = f"no answer for {self._patience:.0f} s ({fix}): is the server there? See AWS_ENDPOINT_URL"
-        return S3Error(f"{place} at {endpoint}: {fix}")
+                fix = f"no answer for {self._patience:g} s ({fix}): is the server there? See AWS_ENDPOINT_URL"
+        return StoreError(f"{place} at {endpoint}: {fix}")
 
 
 class S3Writer:
@@ -273,6 +255,20 @@ class S3Writer:
         number, data = len(self._pending) + 1, bytes(self._part)
         self._pending.append(self._pool.submit(self._store.upload_part, self._name, self._upload, number, data))
         self._part.clear()
+
+
+def build_client(read_timeout: float) -> Any:
+    """A client that makes each request once."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=min(CONNECT_TIMEOUT, read_timeout),
+        read_timeout=read_timeout,
+        retries={"total_max_attempts": 1},
+        max_pool_connections=4 * THREADS,
+    )
+    return boto3.session.Session().client("s3", config=config)
 
 
 def passes(error: Exception) -> bool:

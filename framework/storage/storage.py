@@ -1,4 +1,4 @@
-"""Where bytes that outlive a run are kept: a directory, or a bucket of an object store.
+"""Where bytes that outlive a run are kept: a directory, or a bucket of an object store; and where data are read from.
 
 Names are relative, with slashes, as in a bucket: "step-00000100-0000/manifest.json". Nothing here knows what is stored.
 """
@@ -6,10 +6,12 @@ Names are relative, with slashes, as in a bucket: "step-00000100-0000/manifest.j
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from framework.storage.bucket import Bucket
 from framework.storage.directory import Directory
 
-REMOTE = "s3://"
-NOT_YET = ("gs://", "az://", "abfs://", "http://", "https://")
+S3_SCHEME = "s3://"
+GOOGLE_SCHEME = "gs://"
+AZURE_SCHEME = "az://"
 
 
 class Writer(Protocol):
@@ -28,13 +30,38 @@ class Writer(Protocol):
         ...
 
 
-class Storage(Protocol):
-    """Objects by name. Every method may raise OSError, whose message names the object and never a credential.
+class Source(Protocol):
+    """Objects that are read, by name. Every method may raise OSError, whose message names the object and never a
+    credential. The right to list and to get objects is enough.
 
-    url: the place, without credentials. gap: bytes that are quicker read than left out between two ranges.
+    url: the place, without credentials.
     """
 
     url: str
+
+    def read(self, name: str) -> bytes:
+        """All of an object. Raises FileNotFoundError."""
+        ...
+
+    def read_into(self, name: str, offset: int, parts: Sequence[memoryview]) -> None:
+        """Fill `parts`, in order, with the object's bytes from `offset`. Raises OSError when it is shorter."""
+        ...
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Name and size in bytes of everything whose name begins with `prefix`."""
+        ...
+
+    def check_readable(self) -> None:
+        """Raises ValueError with the fix, within 10 s, where this process couldn't read here or nothing is there."""
+        ...
+
+
+class Storage(Source, Protocol):
+    """Objects that are written too.
+
+    gap: bytes that are quicker read than left out between two ranges.
+    """
+
     gap: int
 
     def open_writer(self, name: str) -> Writer:
@@ -49,18 +76,6 @@ class Storage(Protocol):
         """Write an object unless it is there already: then False. One of several clients at once succeeds."""
         ...
 
-    def read(self, name: str) -> bytes:
-        """All of an object. Raises FileNotFoundError."""
-        ...
-
-    def read_into(self, name: str, offset: int, parts: Sequence[memoryview]) -> None:
-        """Fill `parts`, in order, with the object's bytes from `offset`. Raises OSError when it is shorter."""
-        ...
-
-    def list(self, prefix: str = "") -> dict[str, int]:
-        """Name and size in bytes of everything whose name begins with `prefix`."""
-        ...
-
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects; absent ones are fine."""
         ...
@@ -72,10 +87,36 @@ class Storage(Protocol):
 
 def open_storage(url: str) -> Storage:
     """The store at a directory or s3://bucket/prefix. Nothing is read or made yet. Raises ValueError for other URLs."""
-    if url.startswith(REMOTE):
+    if url.startswith(S3_SCHEME):
         from framework.storage.s3 import S3
 
         return S3(url)
-    if url.startswith(NOT_YET):
+    if url.startswith((GOOGLE_SCHEME, AZURE_SCHEME)):
+        raise ValueError(
+            f"{url}: from there data can be read, but checkpoints are kept in a directory or under s3://bucket/prefix"
+        )
+    if "://" in url:
         raise ValueError(f"{url}: checkpoints are kept in a directory or under s3://bucket/prefix")
     return Directory(url)
+
+
+def open_source(url: str) -> Source:
+    """What can be read at a directory, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.
+
+    Nothing is read yet. Raises ValueError for other URLs.
+    """
+    if url.startswith(GOOGLE_SCHEME):
+        from framework.storage.gcs import GoogleCloud
+
+        return Bucket(url, GoogleCloud())
+    if url.startswith(AZURE_SCHEME):
+        from framework.storage.azure import Azure
+
+        return Bucket(url, Azure())
+    if "://" in url and not url.startswith(S3_SCHEME):
+        scheme = url.partition("://")[0]
+        raise ValueError(
+            f"data can't be read by {scheme}://: name a directory, s3://bucket/prefix, gs://bucket/prefix or "
+            "az://container/prefix"
+        )
+    return open_storage(url)

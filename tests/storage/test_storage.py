@@ -15,7 +15,7 @@ from object_store import ObjectStore
 from framework.storage import s3
 from framework.storage.directory import Directory
 from framework.storage.s3 import S3
-from framework.storage.storage import Storage, open_storage
+from framework.storage.storage import Storage, open_source, open_storage
 
 SECRETS = ("trainerkey", "trainersecret", "readerkey", "readersecret", "wrongkey", "wrongsecret")
 
@@ -161,6 +161,32 @@ def test_mistakes_are_told_at_once(
         open_storage(url).check()
     assert time.monotonic() - begin < 10
     assert url in str(refusal.value) and not [word for word in SECRETS if word in str(refusal.value)]
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "part"),
+    [
+        ("s3://nowhere/x", {"ACCESS_KEY_ID": "trainerkey", "SECRET_ACCESS_KEY": "trainersecret"}, "doesn't exist"),
+        ("s3://other/x", {}, "these credentials may not do that: ask for the right to list and read"),
+        ("s3://vid/x", {"ACCESS_KEY_ID": "wrongkey"}, "the access key is unknown"),
+        ("s3://vid/x", {"SECRET_ACCESS_KEY": "wrongsecret"}, "the secret key is wrong"),
+        ("s3://vid/x", {"ACCESS_KEY_ID": "", "SECRET_ACCESS_KEY": ""}, "there are no credentials"),
+        ("s3://vid/nothing", {}, "nothing is there"),
+        ("s3://vid/x", {"ENDPOINT_URL": "http://me:hunter2@127.0.0.1:1"}, "at http://127.0.0.1:1: no answer for 3 s"),
+    ],
+)
+def test_mistakes_of_one_who_reads_are_told_at_once(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, url: str, environment: dict[str, str], part: str
+) -> None:
+    reader = {"ACCESS_KEY_ID": "readerkey", "SECRET_ACCESS_KEY": "readersecret", "EC2_METADATA_DISABLED": "true"}
+    for name, value in (reader | environment).items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=part) as refusal:
+        open_source(url).check_readable()
+    assert time.monotonic() - begin < 10
+    assert url in str(refusal.value)
+    assert not [word for word in (*SECRETS, "hunter2") if word in str(refusal.value)]
 
 
 @pytest.mark.parametrize(
