@@ -126,6 +126,12 @@ class ShardDirectory:
         """Samples of each shard."""
         return [file.num_samples for file in self.files]
 
+    @cached_property
+    def identity(self) -> str:
+        """A name of this place and of the bytes of all its data files: another one where it was written anew."""
+        lines = [self.url, *(f"{f.name} {f.num_bytes} {sorted(f.hashes.items())}" for f in self.files)]
+        return hashlib.blake2b("\n".join(lines).encode(), digest_size=10).hexdigest()
+
     def __len__(self) -> int:
         return self._ends[-1]
 

@@ -7,6 +7,7 @@ it can't, such as wrong credentials or a bucket that isn't there, is told at onc
 
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
+
+from framework.storage.failures import PassingError
 
 T = TypeVar("T")
 
@@ -24,7 +27,9 @@ READ_TIMEOUT = 15.0
 LONGEST_PAUSE = 5.0
 PART = 16 << 20  # bytes; doubled after every 2,000 of the 10,000 parts that an upload may have
 PARTS_OF_A_SIZE = 2000
+PIECE = 1 << 20  # bytes read at once
 THREADS = 4
+MOST_CONNECTIONS = 64
 PASSING: Final = frozenset({"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "ThrottlingException"})
 FIXES: Final = (
     (("NoSuchBucket",), "the bucket doesn't exist: make it, or name another"),
@@ -53,6 +58,7 @@ class S3:
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
         self._patience, self._read_timeout = patience, read_timeout
         self._made: tuple[int, Any] | None = None
+        self._making = threading.Lock()
 
     def open_writer(self, name: str) -> "S3Writer":
         return S3Writer(self, name)
@@ -86,32 +92,53 @@ class S3:
 
     def read_into(self, name: str, offset: int, parts: Sequence[memoryview]) -> None:
         total = sum(len(part) for part in parts)
-        ranges = [(start, min(start + PART, total)) for start in range(0, total, PART)]
+        starts = range(0, total, PART)
 
-        def get(place: tuple[int, int]) -> bytes:
-            start, stop = place
-            span = f"bytes={offset + start}-{offset + stop - 1}"
+        def get(start: int) -> None:
+            views, size = views_of(parts, start, start + PART), min(PART, total - start)
 
-            def ranged(client: Any) -> bytes:
-                answer = client.get_object(Bucket=self._bucket, Key=self._prefix + name, Range=span)
-                data: bytes = answer["Body"].read()
-                return data
+            def ranged(client: Any) -> int:
+                pieces = self._pieces(client, name, offset + start, size)
+                return fill(views, pieces)
 
-            data = self.request(name, ranged)
-            if len(data) != stop - start:
-                raise S3Error(f"{self.url}/{name} ends at byte {offset + start + len(data)}, more was asked for")
-            return data
+            if (done := self.request(name, ranged)) < size:
+                raise S3Error(f"{self.url}/{name} ends at byte {offset + start + done}, more was asked for")
 
-        with ThreadPoolExecutor(min(THREADS, max(1, len(ranges)))) as pool:
-            left = iter([part for part in parts if len(part)])
-            part = memoryview(b"")
-            for data in pool.map(get, ranges):
-                rest = memoryview(data)
-                while rest:
-                    part = part if len(part) else next(left)
-                    count = min(len(part), len(rest))
-                    part[:count] = rest[:count]
-                    part, rest = part[count:], rest[count:]
+        with ThreadPoolExecutor(min(THREADS, max(1, len(starts)))) as pool:
+            list(pool.map(get, starts))
+
+    def stream(self, name: str, offset: int, size: int) -> Iterator[bytes]:
+        from botocore.exceptions import BotoCoreError, ClientError
+        from urllib3.exceptions import HTTPError
+
+        done = 0
+        try:
+            for piece in self._pieces(self._client(), name, offset, size):
+                done += len(piece)
+                yield piece
+        except (ClientError, BotoCoreError, HTTPError, OSError) as error:
+            if not passes(error) and code_of(error) != "InvalidRange":
+                raise self._explained(name, error) from None
+            raise PassingError(f"{type(error).__name__} {code_of(error)}".strip()) from None
+        if done != size:
+            raise PassingError(f"{done} bytes came of the {size} from byte {offset}")
+
+    def _pieces(self, client: Any, name: str, offset: int, size: int) -> Iterator[bytes]:
+        """A range of an object as it comes; ends early where the object does."""
+        span = f"bytes={offset}-{offset + size - 1}"
+        answer = client.get_object(Bucket=self._bucket, Key=self._prefix + name, Range=span)
+        body = answer["Body"]
+        # What has arrived, without waiting for more: so a slow server can be told from one that is away.
+        raw = body._raw_stream
+        read = getattr(raw, "read1", raw.read)
+        left = min(size, answer["ContentLength"])
+        try:
+            while left and (piece := read(min(PIECE, left))):
+                left -= len(piece)
+                yield piece
+        finally:
+            if left:
+                body.close()
 
     def list(self, prefix: str = "") -> dict[str, int]:
         def pages(client: Any) -> dict[str, int]:
@@ -146,6 +173,7 @@ class S3:
     def request(self, name: str, action: Callable[[Any], T]) -> T:
         """Run `action` on the client, again while that can help. Raises OSError."""
         from botocore.exceptions import BotoCoreError, ClientError
+        from urllib3.exceptions import HTTPError
 
         deadline, pause = time.monotonic() + self._patience, 0.2
         while True:
@@ -155,7 +183,7 @@ class S3:
                 if isinstance(error, BotoCoreError):
                     raise self._explained(name, error) from None
                 raise S3Error(f"{self.url}/{name}: AWS_ENDPOINT_URL isn't the URL of a server") from None
-            except (ClientError, BotoCoreError, OSError) as error:
+            except (ClientError, BotoCoreError, HTTPError, OSError) as error:
                 if isinstance(error, S3Error):
                     raise
                 if not passes(error) or time.monotonic() + pause > deadline:
@@ -192,18 +220,19 @@ class S3:
 
     def _client(self) -> Any:
         """This process's client: a fork must not share its connections."""
-        if self._made is None or self._made[0] != os.getpid():
-            import boto3
-            from botocore.config import Config
+        with self._making:
+            if self._made is None or self._made[0] != os.getpid():
+                import boto3
+                from botocore.config import Config
 
-            config = Config(
-                connect_timeout=CONNECT_TIMEOUT,
-                read_timeout=self._read_timeout,
-                retries={"total_max_attempts": 1},
-                max_pool_connections=4 * THREADS,
-            )
-            self._made = (os.getpid(), boto3.session.Session().client("s3", config=config))
-        return self._made[1]
+                config = Config(
+                    connect_timeout=CONNECT_TIMEOUT,
+                    read_timeout=self._read_timeout,
+                    retries={"total_max_attempts": 1},
+                    max_pool_connections=MOST_CONNECTIONS,
+                )
+                self._made = (os.getpid(), boto3.session.Session().client("s3", config=config))
+            return self._made[1]
 
     def _explained(self, name: str, error: Exception) -> OSError:
         """The error as one message."""
@@ -275,14 +304,39 @@ class S3Writer:
         self._part.clear()
 
 
+def views_of(parts: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
+    """The bytes [start, stop) of some memories in a row."""
+    views = []
+    for part in parts:
+        views.append(part[max(0, start) : max(0, stop)])
+        start, stop = start - len(part), stop - len(part)
+    return [view for view in views if len(view)]
+
+
+def fill(views: Sequence[memoryview], pieces: Iterable[bytes]) -> int:
+    """Copy pieces to memories in a row; how many bytes there were."""
+    left, done = list(views), 0
+    for piece in pieces:
+        rest = memoryview(piece)
+        done += len(rest)
+        while rest:
+            count = min(len(left[0]), len(rest))
+            left[0][:count], rest = rest[:count], rest[count:]
+            left[0] = left[0][count:]
+            if not len(left[0]):
+                left.pop(0)
+    return done
+
+
 def passes(error: Exception) -> bool:
     """Whether another try may help."""
     from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
+    from urllib3.exceptions import HTTPError
 
     if isinstance(error, ClientError):
         status = status_of(error)
         return (status >= 500 and status != 501) or status in (409, 429) or code_of(error) in PASSING
-    return isinstance(error, (ConnectionError, HTTPClientError, IncompleteReadError, OSError))
+    return isinstance(error, (ConnectionError, HTTPClientError, HTTPError, IncompleteReadError, OSError))
 
 
 def status_of(error: Exception) -> int:
