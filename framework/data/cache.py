@@ -37,9 +37,11 @@ logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 POLL = 0.02  # seconds between two looks at what another process does
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two tries
+FIRST_PAUSE = 0.1  # seconds between two tries
+LONGEST_PAUSE = 5.0
 PROGRESS = 8 << 20  # bytes after which earlier trouble is forgotten
-STALL, LEAST_RATE = 15.0, 16 << 10  # a download slower than so many bytes a second, for so long, is begun again
+STALL = 15.0  # seconds; a download that is slower than LEAST_RATE for so long is begun again
+LEAST_RATE = 16 << 10  # bytes a second
 PIECE = 4 << 20  # bytes hashed at once
 
 

@@ -257,7 +257,10 @@ def test_a_fork_keeps_no_lock(shards: ShardDirectory, tmp_path: Path) -> None:
 def test_a_killed_process_holds_nothing(shards: ShardDirectory, tmp_path: Path) -> None:
     use(open_cache(tmp_path, 1), shards, 0)
     (file,) = (tmp_path / "cache").glob("*/*")
-    program = f"import fcntl, time; f = open({str(file)!r}); fcntl.flock(f, fcntl.LOCK_SH); print(1, flush=True); time.sleep(60)"
+    program = (
+        f"import fcntl, time; f = open({str(file)!r}); fcntl.flock(f, fcntl.LOCK_SH); print(1, flush=True); "
+        f"time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline()
         with pytest.raises(OSError, match="no room"):
