@@ -291,7 +291,7 @@ class ShardCache:
                     write_at(descriptor, piece, done)
                     hasher.update(piece)
                     done += len(piece)
-                    if (seconds := time.monotonic() - begin) > min(STALL, max(1.0, self._patience)):
+                    if (seconds := time.monotonic() - begin) > min(STALL, max(0.5, self._patience / 8)):
                         if (done - before) < LEAST_RATE * seconds and done < size:
                             raise PassingError(f"only {done - before} bytes came in {seconds:.0f} s")
                         begin, before = time.monotonic(), done
