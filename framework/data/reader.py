@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from framework.batch import Batch
-from framework.data.builder import BatchBuilder, Begun
 from framework.data.buckets import Stream
+from framework.data.builder import BatchBuilder, Begun
 from framework.data.cache import BadShard
 from framework.data.schedule import MicroBatch, Schedule, Slot, Work
 from framework.data.stream import ShardStore, Visit
@@ -58,9 +58,7 @@ class Reader:
         self._streams, self._builder, self._store, self._bad_shards = streams, builder, store, bad_shards
         self._told: set[str] = set()
 
-    def steps(
-        self, schedule: Schedule, steps: range, *, reads: Callable[[int], bool]
-    ) -> Iterator[Work | Pending]:
+    def steps(self, schedule: Schedule, steps: range, *, reads: Callable[[int], bool]) -> Iterator[Work | Pending]:
         """Each step and then its micro-batches, as they can be begun. reads: whether this rank reads a bucket.
 
         Raises OSError naming what can't be had.

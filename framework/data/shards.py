@@ -26,7 +26,7 @@ import numpy as np
 
 from framework.data.index import INDEX_NAME, SampleIndex, SampleInfo, index_from_parquet
 from framework.shapes import ClipShape
-from framework.storage.storage import Storage, open_storage
+from framework.storage.storage import Source, open_source
 
 Schema = Literal["cuboid.video/1", "cuboid.latent/2"]
 
@@ -107,7 +107,7 @@ class ShardDirectory:
     url: the place, a directory or an object store. files: of the samples, in the order of the index.
     """
 
-    def __init__(self, store: Storage, manifest: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    def __init__(self, store: Source, manifest: dict[str, Any], shards: list[dict[str, Any]]) -> None:
         self.store = store
         self.schema: Schema = manifest["schema"]
         self.tokenizer_version: str | None = manifest["tokenizer"]
@@ -125,6 +125,12 @@ class ShardDirectory:
     def shard_sizes(self) -> list[int]:
         """Samples of each shard."""
         return [file.num_samples for file in self.files]
+
+    @cached_property
+    def identity(self) -> str:
+        """A name of this place and of the bytes of all its data files: another one where it was written anew."""
+        lines = [self.url, *(f"{f.name} {f.num_bytes} {sorted(f.hashes.items())}" for f in self.files)]
+        return hashlib.blake2b("\n".join(lines).encode(), digest_size=10).hexdigest()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -197,7 +203,7 @@ def open_shards(url: str | Path) -> ShardDirectory:
     Raises ValueError: nothing there, no shards in it, unfinished, another schema or columns, a file missing or of
     another size than was written (names it), no right to read.
     """
-    store = open_storage(str(url))
+    store = open_source(str(url))
     try:
         sizes = store.list()
     except OSError as error:
@@ -331,14 +337,14 @@ def _check_size(url: str, name: str, expected: int, sizes: Mapping[str, int]) ->
         )
 
 
-def _read(store: Storage, name: str) -> bytes:
+def _read(store: Source, name: str) -> bytes:
     try:
         return store.read(name)
     except OSError as error:
         raise ValueError(f"{store.url}/{name} can't be read: {error}") from None
 
 
-def _load(store: Storage, name: str) -> dict[str, Any]:
+def _load(store: Source, name: str) -> dict[str, Any]:
     return parse_json(_read(store, name), f"{store.url}/{name}")
 
 

@@ -3,17 +3,19 @@
 A `Service` makes one request at a time as its client library does; the patience, the prefix and the messages are here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from framework.storage.request import (
     CONNECT_TIMEOUT,
+    PART,
     PATIENCE,
     READ_TIMEOUT,
     READABLE_PATIENCE,
     READABLE_TIMEOUT,
     OfProcess,
+    PassingError,
     StoreError,
     check_by_reading,
     persist,
@@ -124,6 +126,20 @@ class Bucket:
             return self._request(name, lambda service: service.get(self._prefix + name, (start, stop)))
 
         read_ranges(f"{self.url}/{name}", offset, parts, get)
+
+    def stream(self, name: str, offset: int, size: int) -> Iterator[bytes]:
+        for start in range(offset, offset + size, PART):
+            stop = min(start + PART, offset + size)
+            try:
+                data = self._service.get().get(self._prefix + name, (start, stop))
+            except self._cloud.known() as error:
+                fault = self._cloud.judge(error)
+                if not fault.passes:
+                    raise self._explained(name, fault) from None
+                raise PassingError(fault.fix or type(error).__name__) from None
+            yield data
+            if len(data) != stop - start:
+                raise PassingError(f"it ends at byte {start + len(data)}, more was asked for")
 
     def list(self, prefix: str = "") -> dict[str, int]:
         return self._list(prefix, None)

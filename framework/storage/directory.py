@@ -5,16 +5,17 @@ What is written is flushed to the disk before it counts, with the directory entr
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from framework.storage.request import check_by_reading
+from framework.storage.request import PassingError, check_by_reading
 
 # One write call takes at most 2 GiB on Linux, one read call at most 1,024 parts.
 LARGEST_WRITE = 1 << 30
 MOST_PARTS = 1024
 PARTIAL = ".partial"
+PIECE = 1 << 20  # bytes read at once
 SOME = 20  # files that a check of a place to read looks at
 
 
@@ -108,6 +109,17 @@ class Directory:
                     left[0] = left[0][count:]
         finally:
             os.close(file)
+
+    def stream(self, name: str, offset: int, size: int) -> Iterator[bytes]:
+        path, end = self._root / name, offset + size
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while offset < end:
+                piece = file.read(min(PIECE, end - offset))
+                if not piece:
+                    raise PassingError(f"it ends at byte {offset}, more was asked for")
+                offset += len(piece)
+                yield piece
 
     def list(self, prefix: str = "") -> dict[str, int]:
         found: dict[str, int] = {}

@@ -6,6 +6,7 @@ end too early, 5xx, 429. What it can't is told at once.
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,20 +30,26 @@ class StoreError(OSError):
     """A request that failed for good. The message names object and endpoint, and no credential."""
 
 
+class PassingError(OSError):
+    """A request that failed and may work when it is made again. The message says why in a few words, without a name."""
+
+
 class OfProcess(Generic[T]):
     """Something that each process makes for itself: a fork must not share a client's connections."""
 
     def __init__(self, build: Callable[[], T]) -> None:
         self._build = build
         self._made: tuple[int, T] | None = None
+        self._making = threading.Lock()
 
     def get(self) -> T:
         """This process's own. Raises what building it raises."""
-        made = self.made()
-        if made is None:
-            made = self._build()
-            self._made = (os.getpid(), made)
-        return made
+        with self._making:
+            made = self.made()
+            if made is None:
+                made = self._build()
+                self._made = (os.getpid(), made)
+            return made
 
     def made(self) -> T | None:
         """The same, None where it wasn't built yet or couldn't be."""

@@ -21,10 +21,10 @@ from framework.storage.request import (
     READABLE_TIMEOUT,
     THREADS,
     OfProcess,
+    PassingError,
     StoreError,
     check_by_reading,
     persist,
-    read_ranges,
     redacted,
 )
 
@@ -33,6 +33,8 @@ T = TypeVar("T")
 CHECK_PATIENCE = 20.0  # seconds for which a server may be away before a run starts
 PARTS_OF_A_SIZE = 2000  # of the 10,000 that an upload may have; after so many the size of a part is doubled
 SOME = 20  # objects that a check of a place to read lists
+PIECE = 1 << 20  # bytes read at once
+MOST_CONNECTIONS = 64
 PASSING: Final = frozenset({"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "ThrottlingException"})
 FIXES: Final = (
     (("NoSuchBucket",), "the bucket doesn't exist: make it, or name another"),
@@ -92,17 +94,53 @@ class S3:
         return self.request(name, get)
 
     def read_into(self, name: str, offset: int, parts: Sequence[memoryview]) -> None:
-        def get(start: int, stop: int) -> bytes:
-            def ranged(client: Any) -> bytes:
-                answer = client.get_object(
-                    Bucket=self._bucket, Key=self._prefix + name, Range=f"bytes={start}-{stop - 1}"
-                )
-                data: bytes = answer["Body"].read()
-                return data
+        total = sum(len(part) for part in parts)
+        starts = range(0, total, PART)
 
-            return self.request(name, ranged)
+        def get(start: int) -> None:
+            views, size = views_of(parts, start, start + PART), min(PART, total - start)
 
-        read_ranges(f"{self.url}/{name}", offset, parts, get)
+            def ranged(client: Any) -> int:
+                return fill(views, self._pieces(client, name, offset + start, size))
+
+            if (done := self.request(name, ranged)) < size:
+                raise StoreError(f"{self.url}/{name} ends at byte {offset + start + done}, more was asked for")
+
+        with ThreadPoolExecutor(min(THREADS, max(1, len(starts)))) as pool:
+            list(pool.map(get, starts))
+
+    def stream(self, name: str, offset: int, size: int) -> Iterator[bytes]:
+        from botocore.exceptions import BotoCoreError, ClientError
+        from urllib3.exceptions import HTTPError
+
+        done = 0
+        try:
+            for piece in self._pieces(self._client.get(), name, offset, size):
+                done += len(piece)
+                yield piece
+        except (ClientError, BotoCoreError, HTTPError, OSError) as error:
+            if not passes(error) and code_of(error) != "InvalidRange":
+                raise self._explained(name, error) from None
+            raise PassingError(f"{type(error).__name__} {code_of(error)}".strip()) from None
+        if done != size:
+            raise PassingError(f"{done} bytes came of the {size} from byte {offset}")
+
+    def _pieces(self, client: Any, name: str, offset: int, size: int) -> Iterator[bytes]:
+        """A range of an object as it comes; ends early where the object does."""
+        span = f"bytes={offset}-{offset + size - 1}"
+        answer = client.get_object(Bucket=self._bucket, Key=self._prefix + name, Range=span)
+        body = answer["Body"]
+        # What has arrived, without waiting for more: so a slow server can be told from one that is away.
+        raw = body._raw_stream
+        read = getattr(raw, "read1", raw.read)
+        left = min(size, answer["ContentLength"])
+        try:
+            while left and (piece := read(min(PIECE, left))):
+                left -= len(piece)
+                yield piece
+        finally:
+            if left:
+                body.close()
 
     def list(self, prefix: str = "") -> dict[str, int]:
         def pages(client: Any) -> dict[str, int]:
@@ -148,11 +186,12 @@ class S3:
     def request(self, name: str, action: Callable[[Any], T]) -> T:
         """Run `action` on the client, again while that can help. Raises OSError."""
         from botocore.exceptions import BotoCoreError, ClientError
+        from urllib3.exceptions import HTTPError
 
         return persist(
             lambda: action(self._client.get()),
             seconds=self._patience,
-            known=(ClientError, BotoCoreError, OSError, ValueError),
+            known=(ClientError, BotoCoreError, HTTPError, OSError, ValueError),
             passes=passes,
             explained=partial(self._explained, name),
         )
@@ -266,19 +305,44 @@ def build_client(read_timeout: float) -> Any:
         connect_timeout=min(CONNECT_TIMEOUT, read_timeout),
         read_timeout=read_timeout,
         retries={"total_max_attempts": 1},
-        max_pool_connections=4 * THREADS,
+        max_pool_connections=MOST_CONNECTIONS,
     )
     return boto3.session.Session().client("s3", config=config)
+
+
+def views_of(parts: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
+    """The bytes [start, stop) of some memories in a row."""
+    views = []
+    for part in parts:
+        views.append(part[max(0, start) : max(0, stop)])
+        start, stop = start - len(part), stop - len(part)
+    return [view for view in views if len(view)]
+
+
+def fill(views: Sequence[memoryview], pieces: Iterable[bytes]) -> int:
+    """Copy pieces to memories in a row; how many bytes there were."""
+    left, done = list(views), 0
+    for piece in pieces:
+        rest = memoryview(piece)
+        done += len(rest)
+        while rest:
+            count = min(len(left[0]), len(rest))
+            left[0][:count], rest = rest[:count], rest[count:]
+            left[0] = left[0][count:]
+            if not len(left[0]):
+                left.pop(0)
+    return done
 
 
 def passes(error: Exception) -> bool:
     """Whether another try may help."""
     from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
+    from urllib3.exceptions import HTTPError
 
     if isinstance(error, ClientError):
         status = status_of(error)
         return (status >= 500 and status != 501) or status in (409, 429) or code_of(error) in PASSING
-    return isinstance(error, (ConnectionError, HTTPClientError, IncompleteReadError, OSError))
+    return isinstance(error, (ConnectionError, HTTPClientError, HTTPError, IncompleteReadError, OSError))
 
 
 def status_of(error: Exception) -> int:

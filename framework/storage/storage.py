@@ -3,7 +3,7 @@
 Names are relative, with slashes, as in a bucket: "step-00000100-0000/manifest.json". Nothing here knows what is stored.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from framework.storage.bucket import Bucket
@@ -45,6 +45,13 @@ class Source(Protocol):
 
     def read_into(self, name: str, offset: int, parts: Sequence[memoryview]) -> None:
         """Fill `parts`, in order, with the object's bytes from `offset`. Raises OSError when it is shorter."""
+        ...
+
+    def stream(self, name: str, offset: int, size: int) -> Iterator[bytes]:
+        """The `size` bytes from `offset` as they come, without a second try.
+
+        Raises PassingError where another try may help, which the caller makes from where it was; FileNotFoundError.
+        """
         ...
 
     def list(self, prefix: str = "") -> dict[str, int]:
