@@ -62,7 +62,7 @@ def backwards(recipe: Recipe, mesh: Mesh, engine: Engine, num_steps: int) -> Ite
     """Forward and backward of steps; yields each step's number when its gradient is there."""
     streams = build.open_data(recipe, recipe.data.streams)
     schedule = build.build_schedule(recipe, streams, build.bucket_meshes(recipe, mesh))
-    builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0)
+    builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0)
     flow = build.build_flow(recipe)
     latents = [builder.latent_shape(b) for b in range(len(recipe.data.buckets))]
     for step in range(num_steps):
@@ -106,7 +106,7 @@ def written(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple[
     recipe, mesh, _, engine = open_engine(env, recipe_path, overrides)
     streams = build.open_data(recipe, recipe.data.streams)
     schedule = build.build_schedule(recipe, streams, [lone_mesh()])
-    builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0)
+    builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0)
     batch = builder.build(schedule[0].micro_batches[0], step=0)
     tokens = patchify(build.build_flow(recipe).noise(batch, step=0), recipe.model.patch_size)
     with torch.no_grad():

@@ -72,7 +72,7 @@ def plain_updates(recipe: Recipe, dtype: torch.dtype, num_steps: int = 2) -> eng
     adam = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, foreach=False)
     streams = build.open_data(recipe, recipe.data.streams)
     schedule = build.build_schedule(recipe, streams, [lone_mesh()])
-    builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0)
+    builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0)
     gradients, norms = [], []
     for step in range(num_steps):
         for micro in schedule[step].micro_batches:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -21,7 +21,6 @@ from torch import Tensor
 
 import framework.parallel.zero.deepspeed  # noqa: F401
 from framework.checkpoint import writer
-from framework.data.loader import Loader
 from framework.environment import Environment
 from framework.evaluate.agreement import Observation
 from framework.models.patchify import patchify
@@ -101,9 +100,16 @@ def first_step(env: Environment, recipe_path: Path, overrides: list[str], step: 
     streams = build.open_data(recipe, recipe.data.streams)
     meshes = build.bucket_meshes(recipe, mesh)
     schedule = build.build_schedule(recipe, streams, meshes)
-    builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=recipe.text.dropout)
+    builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=recipe.text.dropout)
     flow = build.build_flow(recipe)
-    loader = Loader(builder, schedule, start=step, stop=step + 1, prefetch=1)
+    loader = build.build_loader(
+        replace(recipe, train=replace(recipe.train, steps=step + 1)),
+        streams,
+        builder,
+        schedule,
+        meshes=meshes,
+        start=step,
+    )
     work, samples, loss_sum = loader.next_work(), {}, 0.0
     latents = [builder.latent_shape(b) for b in range(len(recipe.data.buckets))]
     count = flow.global_count(work.counts, latents, builder.channels)
@@ -199,7 +205,7 @@ def bad_step(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple
     streams = build.open_data(recipe, recipe.data.streams)
     meshes = build.bucket_meshes(recipe, mesh)
     schedule = build.build_schedule(recipe, streams, meshes)
-    builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=0.0)
+    builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0)
     flow = build.build_flow(recipe)
 
     def step(factor: float) -> tuple[bool, list[Tensor]]:

@@ -36,7 +36,7 @@ def psnr(a_thwc: Tensor, b_thwc: Tensor) -> float:
 def compare(run: Path, *, seeds: list[int], weights: Literal["ema", "raw"], out: Path | None) -> dict[str, object]:
     """Sample a run's first clip with every seed. Returns the numbers, writes the picture."""
     recipe = recipe_of_run(run)
-    encoders, device = build.build_encoders(recipe), build.this_device()
+    encoders, device = build.Encoders(recipe), build.this_device()
     sample = open_shards(recipe.data.streams[0].path).read(0)
     if not isinstance(sample, LatentSample):
         raise SystemExit(f"{recipe.data.streams[0].path} holds videos; this tool compares with latents")

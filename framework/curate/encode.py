@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from framework.data.buckets import misfit
+from framework.data.builder import encode_frames
 from framework.data.config import BucketConfig
 from framework.data.decode import decode_clip, frame_stride, num_source_frames
 from framework.data.index import SampleInfo
-from framework.data.loader import encode_frames
 from framework.data.shard_writer import ShardWriter
 from framework.data.shards import (
     LATENT_SCHEMA,

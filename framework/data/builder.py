@@ -208,11 +208,10 @@ class BatchBuilder:
         missing = [i for i, each in enumerate(begun) if each is not None and each.text is None]
         captions = [each.caption for each in begun if each is not None and each.text is None]
         made = dict(zip(missing, self._encoders.text.embed(captions) if missing else [], strict=True))
-        nothing = torch.zeros(1, self.text.width)
-        texts = [
-            nothing if each is None else each.text if each.text is not None else made[i].float().cpu()
-            for i, each in enumerate(begun)
-        ]
+        texts = [torch.zeros(1, self.text.width)] * len(begun)
+        for i, each in enumerate(begun):
+            if each is not None:
+                texts[i] = made[i].float().cpu() if each.text is None else each.text
         return pad_texts(texts, self.text.length, masked=self.text.masked)
 
 

@@ -4,7 +4,7 @@ In the background, on groups of its own (gloo), so that nothing of it waits for 
 by them. All ranks of a replica take the same micro-batches in the same order, so nothing but tensors is sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from framework.batch import Batch
 from framework.data.builder import BatchBuilder, BatchTensors
@@ -23,19 +23,19 @@ class Channel:
         """Whether this rank is the one that reads a bucket's samples."""
         return self._groups[bucket].index == 0
 
-    def send(self, batch: Batch) -> None:
-        """To the others of the replica, which call `receive` for the same micro-batch."""
+    def share(self, micro: MicroBatch, read: Callable[[], Batch]) -> Batch:
+        """The batch of a micro-batch on all ranks of its replica; one of them reads it."""
+        if not self.reads(micro.bucket):
+            tensors = self._builder.blank(micro)
+            self._fill(tensors, self._groups[micro.bucket])
+            return self._builder.assemble(micro, tensors)
+        batch = read()
         condition = batch.condition
         tensors = BatchTensors(batch.latents, batch.weights, condition.text, condition.text_mask)
-        self._share(tensors, self._groups[batch.bucket])
+        self._fill(tensors, self._groups[micro.bucket])
+        return batch
 
-    def receive(self, micro: MicroBatch) -> Batch:
-        """The batch of a micro-batch."""
-        tensors = self._builder.blank(micro)
-        self._share(tensors, self._groups[micro.bucket])
-        return self._builder.assemble(micro, tensors)
-
-    def _share(self, tensors: BatchTensors, group: Group) -> None:
+    def _fill(self, tensors: BatchTensors, group: Group) -> None:
         """Fill the tensors of all ranks with those of the first."""
         if group.size > 1:
             parts = [tensors.latents, tensors.weights, tensors.text]

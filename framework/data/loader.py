@@ -99,18 +99,14 @@ class Loader:
                 item = self._take()
                 if isinstance(item, BaseException):
                     raise item
-                self._put(self._done, item if isinstance(item, Work) else self._mover.start(self._batch(item)))
+                self._put(self._done, item if isinstance(item, Work) else self._moved(item))
         except Closed:
             return
         except BaseException as error:
             self._done.put(error)
 
-    def _batch(self, pending: Pending) -> Batch:
-        if pending.begun is None:
-            return self._channel.receive(pending.micro)
-        batch = self._reader.finish(pending)
-        self._channel.send(batch)
-        return batch
+    def _moved(self, pending: Pending) -> OnItsWay:
+        return self._mover.start(self._channel.share(pending.micro, lambda: self._reader.finish(pending)))
 
     def _take(self) -> Work | Pending | BaseException:
         while not self._closed.is_set():

@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +34,7 @@ Schema = Literal["cuboid.video/1", "cuboid.latent/2"]
 VIDEO_SCHEMA: Schema = "cuboid.video/1"
 LATENT_SCHEMA: Schema = "cuboid.latent/2"
 MARKER = "cuboid.json"
+EMPTY_TEXT = "empty_text.npy"
 
 # MDS keeps the offsets within a shard in 32 bits; what is left out is the shard's header and the other columns.
 MAX_SAMPLE_BYTES = 2**32 - 2**24
@@ -112,6 +114,7 @@ class ShardDirectory:
         self.schema: Schema = manifest["schema"]
         self.tokenizer_version: str | None = manifest["tokenizer"]
         self.text_version: str | None = manifest.get("text")
+        self._has_empty_text = EMPTY_TEXT in manifest["files"]
         self.files = [_shard_file(shard) for shard in shards]
         self._ends = list(accumulate(file.num_samples for file in self.files))
         self._first = shards[0]
@@ -145,6 +148,11 @@ class ShardDirectory:
                 f"{name} lists {len(index)} samples, the shards hold {len(self)}: copy the directory again"
             )
         return index
+
+    @cached_property
+    def empty_text(self) -> np.ndarray | None:
+        """The empty caption's embedding `L D`, None where no texts are stored."""
+        return np.load(BytesIO(_read(self.store, EMPTY_TEXT)), allow_pickle=False) if self._has_empty_text else None
 
     def locate(self, index: int) -> tuple[int, int]:
         """A sample's file and place in it."""

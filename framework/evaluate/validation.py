@@ -11,8 +11,10 @@ from torch import Tensor
 
 from framework.batch import Predictor
 from framework.data.buckets import Stream, bucket_views
+from framework.data.builder import BatchBuilder
+from framework.data.channel import Channel
 from framework.data.config import BucketConfig
-from framework.data.loader import BatchBuilder
+from framework.data.device import Mover
 from framework.data.order import Order
 from framework.data.schedule import MicroBatch, Place, Slot, cut, pick
 from framework.diffusion.flow import Flow, keyed_noise
@@ -47,6 +49,8 @@ class Validation:
         buckets: list[BucketConfig],
         *,
         builder: BatchBuilder,
+        channel: Channel,
+        mover: Mover,
         flow: Flow,
         meshes: list[Mesh],
         micro_batch: int,
@@ -54,6 +58,7 @@ class Validation:
         patch_size: tuple[int, int, int],
     ) -> None:
         self._config, self._builder, self._flow, self._meshes = config, builder, flow, meshes
+        self._channel, self._mover = channel, mover
         self._buckets, self._seed, self._patch_size = buckets, seed, patch_size
         self._slots = held_out_slots(streams, buckets, config.samples, seed)
         places = [Place(mesh.dp.index, mesh.dp.size) for mesh in meshes]
@@ -90,7 +95,8 @@ class Validation:
 
     def _losses(self, predict: Predictor, micro: MicroBatch) -> Tensor:
         """Summed losses of a micro-batch at every level, float64 on the CPU."""
-        batch = self._builder.build(micro, step=0)
+        read = self._channel.share(micro, lambda: self._builder.build(micro, step=0))
+        batch = self._mover.start(read).arrive()
         shape = tuple(batch.latents.shape[1:])
         sums = []
         for j, sigma in enumerate(self._sigmas(batch.latent)):

@@ -1,11 +1,14 @@
 """recipe -> mesh -> model -> engine: what the programs' openings have in common."""
 
 import os
+import socket
 import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 import torch.distributed as dist
@@ -15,10 +18,17 @@ from framework.checkpoint.fence import Fence, claim, own
 from framework.checkpoint.source import CheckpointSource, check_config, fill, open_source
 from framework.data.buckets import Stream, open_streams
 from framework.data.budget import micro_sizes, plan_batches
+from framework.data.builder import BatchBuilder, LatentForm, TextShape
+from framework.data.cache import ShardCache
+from framework.data.channel import Channel
 from framework.data.config import StreamConfig
-from framework.data.loader import BatchBuilder
+from framework.data.device import Mover
+from framework.data.loader import Loader
+from framework.data.reader import Reader
 from framework.data.schedule import Place, Schedule
 from framework.data.splits import resolve_degrees
+from framework.data.stream import ShardStore, is_local
+from framework.data.workers import DecodePool
 from framework.diffusion.flow import Flow
 from framework.environment import Environment
 from framework.kernels.attention import build_attention
@@ -30,22 +40,32 @@ from framework.models.weights import DiffusersSource
 from framework.parallel.collectives import broadcast_object, gather_objects, shared_failure
 from framework.parallel.config import resolve_mesh
 from framework.parallel.fragments import Fragment, ParameterShard
-from framework.parallel.mesh import Group, Mesh, build_mesh, world_group
+from framework.parallel.mesh import Group, Mesh, background_group, build_mesh, world_group
 from framework.parallel.zero.engine import Engine
 from framework.recipe import Recipe, bucket_degrees, bucket_tokens, flatten, resolve_auto
 from framework.run import Run, RunFailure, latest_attempt, lock_run, make_identity, open_attempt, store_recipe
 from framework.storage.storage import Storage
+from framework.text.config import text_length, text_masked
 from framework.text.encoder import TextEncoder, build_text_encoder
-from framework.tokenizer.config import tokenizer_version
+from framework.tokenizer.config import tokenizer_channels, tokenizer_strides, tokenizer_version
 from framework.tokenizer.tokenizer import Tokenizer, build_tokenizer
 
 
-@dataclass(frozen=True)
 class Encoders:
-    """What turns pixels and captions into what the transformer reads."""
+    """What turns pixels and captions into what the transformer reads; made when first asked for, as a run on latents
+    with stored texts needs neither.
+    """
 
-    tokenizer: Tokenizer
-    text: TextEncoder
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return build_tokenizer(self._recipe.tokenizer)
+
+    @cached_property
+    def text(self) -> TextEncoder:
+        return build_text_encoder(self._recipe.text)
 
 
 @dataclass(frozen=True)
@@ -231,26 +251,52 @@ def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[Paramet
     return lines
 
 
-def build_encoders(recipe: Recipe) -> Encoders:
-    """Tokenizer and text encoder."""
-    return Encoders(build_tokenizer(recipe.tokenizer), build_text_encoder(recipe.text))
-
-
 def open_data(recipe: Recipe, configs: list[StreamConfig]) -> list[Stream]:
     """The streams, checked against the recipe's tokenizer."""
     return open_streams(configs, tokenizer_version=tokenizer_version(recipe.tokenizer))
 
 
 def build_builder(recipe: Recipe, streams: list[Stream], encoders: Encoders, *, dropout: float) -> BatchBuilder:
-    """The reader of batches."""
+    """The maker of batches."""
     return BatchBuilder(
         streams,
         recipe.data.buckets,
-        tokenizer=encoders.tokenizer,
-        text=encoders.text,
+        encoders=encoders,
+        form=LatentForm(tokenizer_channels(recipe.tokenizer), tokenizer_strides(recipe.tokenizer)),
+        text=TextShape(text_length(recipe.text), recipe.model.text_dim, text_masked(recipe.text)),
         dropout=dropout,
         seed=recipe.seed,
-        device=this_device(),
+        pool=DecodePool(recipe.data.workers),
+    )
+
+
+def build_channel(builder: BatchBuilder, meshes: list[Mesh]) -> Channel:
+    """The way of batches within replicas. meshes: of each bucket. A collective over the world."""
+    groups = {id(mesh): background_group(mesh, "replica", "data") for mesh in meshes}
+    return Channel(builder, [groups[id(mesh)] for mesh in meshes])
+
+
+def build_loader(
+    recipe: Recipe, streams: list[Stream], builder: BatchBuilder, schedule: Schedule, *, meshes: list[Mesh], start: int
+) -> Loader:
+    """The batches from step `start`. meshes: of each bucket. A collective over the world."""
+    data, channel = recipe.data, build_channel(builder, meshes)
+    reads = any(channel.reads(bucket) for bucket in range(len(data.buckets)))
+    hosts = gather_objects((socket.gethostname(), reads), meshes[0].control)
+    read = [stream.shards for stream in streams] if reads else []
+    cache = None
+    if not all(is_local(shards) for shards in read):
+        folder = Path(data.cache.path) if data.cache.path else Path(gettempdir()) / f"cuboid-cache-{os.getuid()}"
+        limit, neighbours = int(data.cache.gigabytes * 1e9), hosts.count((socket.gethostname(), True))
+        cache = ShardCache(folder, limit, ranks=neighbours, patience=data.cache.patience)
+    store = ShardStore(read, cache, threads=data.cache.threads)
+    return Loader(
+        Reader(streams, builder, store, bad_shards=data.bad_shards),
+        schedule,
+        channel=channel,
+        mover=Mover(this_device()),
+        steps=range(start, recipe.train.steps),
+        prefetch=data.prefetch,
     )
 
 

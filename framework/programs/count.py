@@ -36,7 +36,7 @@ def count_step(recipe: Recipe, mesh: Mesh) -> Counted:
     engine = build.build_engine(recipe, model, shards, mesh)
     build.initialise(engine.fragments(), recipe)
     engine.refresh(updates=0)
-    encoders = build.build_encoders(recipe)
+    encoders = build.Encoders(recipe)
     parts = build_parts(recipe, mesh, engine, ema=Ema(engine.fragments(), recipe.ema), encoders=encoders, start=0)
     for _ in range(WARMUP):
         optimizer_step(parts, parts.loader.next_work())

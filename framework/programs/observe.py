@@ -2,6 +2,7 @@
 
 from framework.data.buckets import check_held_out
 from framework.data.config import StreamConfig
+from framework.data.device import Mover
 from framework.diffusion.flow import Flow
 from framework.diffusion.video_file import write_contact_sheet, write_mp4
 from framework.ema import Ema
@@ -80,13 +81,17 @@ def build_validation(recipe: Recipe, mesh: Mesh, flow: Flow, encoders: build.Enc
     streams = build.open_data(recipe, [StreamConfig(path) for path in recipe.validation.shards])
     if recipe.validation.held_out:
         check_held_out(build.open_data(recipe, recipe.data.streams), streams)
+    meshes = build.bucket_meshes(recipe, mesh)
+    builder = build.build_builder(recipe, streams, encoders, dropout=0.0)
     return Validation(
         recipe.validation,
         streams,
         recipe.data.buckets,
-        builder=build.build_builder(recipe, streams, encoders, dropout=0.0),
+        builder=builder,
+        channel=build.build_channel(builder, meshes),
+        mover=Mover(build.this_device()),
         flow=flow,
-        meshes=build.bucket_meshes(recipe, mesh),
+        meshes=meshes,
         micro_batch=recipe.data.micro_batch,
         seed=recipe.seed,
         patch_size=recipe.model.patch_size,

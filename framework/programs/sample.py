@@ -61,7 +61,7 @@ def sample(path: Path, request: SampleRequest) -> str:
     )
     device = build.this_device()
     model = load_model(recipe, reader, weights=request.weights, device=device)
-    generator = Generator(recipe, build.build_encoders(recipe), recipe.data.buckets[0].clip, device, lone_mesh())
+    generator = Generator(recipe, build.Encoders(recipe), recipe.data.buckets[0].clip, device, lone_mesh())
     (video,) = generator(LocalModel(model), [request.prompt], seed=request.seed)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     sheet = request.out.with_suffix(".png")

@@ -110,7 +110,7 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     build.begin(fence, progress.step, mesh.control)
     subject = build_subject(recipe, mesh, shards, run, resumed)
     saver = Saver(storage, recipe.checkpoint, mesh, fence=fence, subject=subject, fragments=fragments)
-    encoders = build.build_encoders(recipe)
+    encoders = build.Encoders(recipe)
     parts = build_parts(recipe, mesh, engine, ema=ema, encoders=encoders, start=progress.step)
     observer = Observer(recipe, mesh, run, flow=build.build_flow(recipe), engine=engine, ema=ema, encoders=encoders)
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
@@ -272,7 +272,7 @@ def build_parts(recipe: Recipe, mesh: Mesh, engine: Engine, *, ema: Ema, encoder
         ema=ema,
         flow=build.build_flow(recipe),
         schedule=schedule,
-        loader=Loader(builder, schedule, start=start, stop=recipe.train.steps, prefetch=recipe.data.prefetch),
+        loader=build.build_loader(recipe, streams, builder, schedule, meshes=meshes, start=start),
         latents=[latent_shape(bucket.clip, encoders.tokenizer.strides) for bucket in recipe.data.buckets],
         num_tokens=[bucket_tokens(recipe, index).num_tokens for index in range(len(recipe.data.buckets))],
         expected=schedule.batches.expected(recipe.data.rounds),

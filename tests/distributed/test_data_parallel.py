@@ -54,7 +54,7 @@ def serial_gradients(recipe: Recipe) -> tuple[float, dict[str, Tensor]]:
         parameter.data.copy_(ranks.projection(tuple(parameter.shape)) if name == "proj_out.weight" else value)
     streams = build.open_data(recipe, recipe.data.streams)
     schedule = build.build_schedule(recipe, streams, [lone_mesh()] * 2)
-    builder = build.build_builder(recipe, streams, build.build_encoders(recipe), dropout=recipe.text.dropout)
+    builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=recipe.text.dropout)
     flow, total = build.build_flow(recipe), torch.zeros(())
     for micro in schedule[0].micro_batches:
         batch = builder.build(micro, step=0)

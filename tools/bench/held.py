@@ -30,7 +30,7 @@ class HeldBatches:
 
     def __init__(self, recipe: Recipe, places: list[Place], *, masked: bool) -> None:
         buckets, self._recipe, self._masked = recipe.data.buckets, recipe, masked
-        self._encoder, strides = build.build_encoders(recipe).text, tokenizer_strides(recipe.tokenizer)
+        self._encoder, strides = build.Encoders(recipe).text, tokenizer_strides(recipe.tokenizer)
         slots = [Slot(i, i % len(buckets), 0, i, f"clip{i}", f"clip{i}#0.0") for i in range(recipe.data.global_batch)]
         groups = [[slot for slot in slots if slot.bucket == b] for b in range(len(buckets))]
         size = recipe.data.micro_batch
