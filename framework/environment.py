@@ -8,6 +8,7 @@ rank.
 import os
 import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -70,6 +71,15 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def worker_variables(folder: str) -> dict[str, str]:
+    """The environment of a process that works for this one: one thread, and this one's modules. folder: where the
+    package lies, should this process no longer have it on its path.
+    """
+    path = [entry for entry in sys.path if entry]
+    path = path if folder in path else [folder, *path]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
 
 
 def be_first_rank() -> None:

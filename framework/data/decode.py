@@ -4,11 +4,12 @@ Time. Frame k of a clip is the source's frame  start + floor(k * stride + 1/2), 
 nearest one. Frames are counted in the order they are shown. A clip that starts late is decoded from the keyframe before
 it, and equals bit for bit the one decoded from the beginning.
 
-Space. The largest centred rectangle of the clip's aspect ratio is resized to the clip (cover and centre crop in one
-step) by Pillow's antialiased bicubic filter, in fixed-point arithmetic and so with the same result on every CPU. On the
-test clip, 1280x720 to 455x256, it is 58 dB from torch's antialiased bicubic in float64; swscale's AREA in one pass with
-the colours is 43 dB from it. The price is 10 ms a frame of 720p. Colours are converted by swscale at full size, with
-the matrix that the stream names, BT.601 if none. Rotation (phones) and pixels that aren't square are honoured.
+Space. The largest rectangle of the clip's aspect ratio, centred or where it's told to lie, is resized to the clip
+(cover and crop in one step) by Pillow's antialiased bicubic filter, in fixed-point arithmetic and so with the same
+result on every CPU. On the test clip, 1280x720 to 455x256, it is 58 dB from torch's antialiased bicubic in float64;
+swscale's AREA in one pass with the colours is 43 dB from it. The price is 10 ms a frame of 720p. Colours are converted
+by swscale at full size, with the matrix that the stream names, BT.601 if none. Rotation (phones) and pixels that
+aren't square are honoured.
 
 Shapes: `T H W C` uint8: frames, rows, columns, RGB.
 """
@@ -76,21 +77,43 @@ def probe(video: bytes | Path, *, name: str = "") -> VideoInfo:
     return VideoInfo(frames, height, width, float(rate))
 
 
-def decode_clip(video: bytes, *, start: int, clip: ClipShape, stride: float = 1.0, name: str = "video") -> np.ndarray:
-    """Frames `start + source_offsets(clip.frames, stride)` of a video, resized to cover and centre-cropped.
+def decode_clip(
+    video: bytes,
+    *,
+    start: int,
+    clip: ClipShape,
+    stride: float = 1.0,
+    name: str = "video",
+    crop: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """Frames `start + source_offsets(clip.frames, stride)` of a video, resized to cover and cropped.
 
-    stride: source frames for each frame of the clip (see `frame_stride`). name: what errors call the video. Returns `T
-    H W C` uint8. Raises ValueError naming the video when it's broken or ends before the last of the frames.
+    stride: source frames for each frame of the clip (see `frame_stride`). name: what errors call the video. crop: where
+    the clip's rectangle lies in the picture, x and y from 0 (left, top) to 1 (right, bottom); None is the centre.
+    Returns `T H W C` uint8. Raises ValueError naming the video when it's broken or ends before the last of the frames.
     """
     if start < 0:
         raise ValueError(f"{name}: the first frame of a clip can't be {start}")
+    x, y = (0.5, 0.5) if crop is None else crop
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise ValueError(f"{name}: the place of a crop must lie in 0 to 1, not {crop}")
+    view = _View(clip, x, y)
     wanted = [start + offset for offset in source_offsets(clip.frames, stride)]
-    found = _decode_frames(video, wanted, clip, name, keyframe=_keyframe_before(video, start, name))
+    found = _decode_frames(video, wanted, view, name, keyframe=_keyframe_before(video, start, name))
     if len(found) < len(set(wanted)):
         raise ValueError(
             f"{name} has no frame {min(set(wanted) - found.keys())}: frames {start} to {wanted[-1]} were asked for"
         )
     return np.stack([found[index] for index in wanted])
+
+
+@dataclass(frozen=True)
+class _View:
+    """What of each picture is kept: the largest rectangle of the clip's aspect ratio, at x, y (0 to 1) of the room."""
+
+    clip: ClipShape
+    x: float
+    y: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +125,7 @@ class _Keyframe:
 
 
 def _decode_frames(
-    video: bytes, wanted: list[int], clip: ClipShape, name: str, *, keyframe: _Keyframe | None
+    video: bytes, wanted: list[int], view: _View, name: str, *, keyframe: _Keyframe | None
 ) -> dict[int, np.ndarray]:
     """The wanted frames that there are, number -> `H W C`, decoding from a keyframe or from the beginning."""
     found: dict[int, np.ndarray] = {}
@@ -113,11 +136,11 @@ def _decode_frames(
         for count, frame in enumerate(_decode(container, stream, name)):
             index = count if keyframe is None else keyframe.positions.get(-1 if frame.pts is None else frame.pts, -1)
             if index in wanted and index not in found:
-                found[index] = _resize(frame, clip, float(stream.sample_aspect_ratio or 1))
+                found[index] = _resize(frame, view, float(stream.sample_aspect_ratio or 1))
             if len(found) == len(set(wanted)):
                 break
     if keyframe is not None and len(found) < len(set(wanted)):  # a demuxer that didn't seek where it was told to
-        return _decode_frames(video, wanted, clip, name, keyframe=None)
+        return _decode_frames(video, wanted, view, name, keyframe=None)
     return found
 
 
@@ -180,12 +203,12 @@ def _shown_size(frame: av.VideoFrame) -> tuple[int, int]:
     return (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
 
 
-def _resize(frame: av.VideoFrame, clip: ClipShape, pixel: float) -> np.ndarray:
-    """One frame as `H W C` uint8 of the clip's size: the largest centred rectangle of its aspect ratio, resized.
+def _resize(frame: av.VideoFrame, view: _View, pixel: float) -> np.ndarray:
+    """One frame as `H W C` uint8 of the clip's size: the largest rectangle of its aspect ratio, resized.
 
     pixel: width over height of a stored pixel.
     """
-    turns = _quarter_turns(frame)
+    turns, clip = _quarter_turns(frame), view.clip
     picture = np.rot90(frame.to_ndarray(format="rgb24"), turns)
     height, width = picture.shape[:2]
     pixel = 1 / pixel if turns % 2 else pixel
@@ -193,7 +216,7 @@ def _resize(frame: av.VideoFrame, clip: ClipShape, pixel: float) -> np.ndarray:
     box_width = min(width, height / pixel * clip.width / clip.height)
     if (box_height, box_width) == (clip.height, clip.width) == (height, width):
         return np.ascontiguousarray(picture)
-    left, top = (width - box_width) / 2, (height - box_height) / 2
+    left, top = (width - box_width) * view.x, (height - box_height) * view.y
     box = (left, top, left + box_width, top + box_height)
     image = Image.fromarray(np.ascontiguousarray(picture))
     return np.asarray(image.resize((clip.width, clip.height), Image.Resampling.BICUBIC, box=box))
