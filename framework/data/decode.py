@@ -5,10 +5,11 @@ nearest one. Frames are counted in the order they are shown. A clip that starts 
 it, and equals bit for bit the one decoded from the beginning.
 
 Space. The largest rectangle of the clip's aspect ratio, centred or where it's told to lie, is resized to the clip
-(cover and crop in one step) by Pillow's antialiased bicubic filter, in fixed-point arithmetic and so with the same result on every CPU. On the
-test clip, 1280x720 to 455x256, it is 58 dB from torch's antialiased bicubic in float64; swscale's AREA in one pass with
-the colours is 43 dB from it. The price is 10 ms a frame of 720p. Colours are converted by swscale at full size, with
-the matrix that the stream names, BT.601 if none. Rotation (phones) and pixels that aren't square are honoured.
+(cover and crop in one step) by Pillow's antialiased bicubic filter, in fixed-point arithmetic and so with the same
+result on every CPU. On the test clip, 1280x720 to 455x256, it is 58 dB from torch's antialiased bicubic in float64;
+swscale's AREA in one pass with the colours is 43 dB from it. The price is 10 ms a frame of 720p. Colours are converted
+by swscale at full size, with the matrix that the stream names, BT.601 if none. Rotation (phones) and pixels that
+aren't square are honoured.
 
 Shapes: `T H W C` uint8: frames, rows, columns, RGB.
 """

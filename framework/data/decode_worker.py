@@ -25,10 +25,12 @@ import numpy as np
 from framework.data.decode import decode_clip
 from framework.shapes import ClipShape
 
-JOB: Final = struct.Struct("<IQ")
-REPLY: Final = struct.Struct("<BQ")
+JOB: Final = "<IQ"
+REPLY: Final = "<BQ"
 # Kinds of a reply: frames `T H W C` uint8; the text of a ValueError; the traceback of anything else.
-FRAMES, REFUSED, FAILED = range(3)
+FRAMES: Final = 0
+REFUSED: Final = 1
+FAILED: Final = 2
 PATIENCE = 0.5  # seconds between two looks at whether the parent lives
 
 
@@ -55,10 +57,10 @@ def _end_with(parent: int) -> None:
 def _read_job(jobs: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
     """The next job, or None when there will be no more."""
     try:
-        sizes = jobs.read(JOB.size)
-        if len(sizes) < JOB.size:
+        sizes = jobs.read(struct.calcsize(JOB))
+        if len(sizes) < struct.calcsize(JOB):
             return None
-        header_size, video_size = JOB.unpack(sizes)
+        header_size, video_size = struct.unpack(JOB, sizes)
         header, video = jobs.read(header_size), jobs.read(video_size)
     except ConnectionResetError:
         return None
@@ -79,7 +81,7 @@ def _reply(header: dict[str, Any], video: bytes) -> tuple[int, memoryview]:
         return REFUSED, memoryview(str(error).encode(errors="surrogatepass"))
     except Exception:
         return FAILED, memoryview(traceback.format_exc().encode())
-    return FRAMES, memoryview(np.ascontiguousarray(frames)).cast("B")
+    return FRAMES, np.ascontiguousarray(frames).data.cast("B")
 
 
 def _send(connection: socket.socket, kind: int, content: memoryview) -> None:
@@ -88,7 +90,7 @@ def _send(connection: socket.socket, kind: int, content: memoryview) -> None:
         written = 0
         while written < len(content):  # one call writes 2 GB at most
             written += os.write(descriptor, content[written:])
-        socket.send_fds(connection, [REPLY.pack(kind, len(content))], [descriptor])
+        socket.send_fds(connection, [struct.pack(REPLY, kind, len(content))], [descriptor])
     finally:
         os.close(descriptor)
 

@@ -16,6 +16,7 @@ import os
 import queue
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -185,7 +186,7 @@ def _start() -> "tuple[subprocess.Popen[bytes], socket.socket]":
     environment = worker_variables(str(Path(__file__).parents[2]))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited, and so in force from the first moment
     try:
-        return subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, env=environment), ours
+        return subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment), ours
     except BaseException:
         ours.close()
         raise
@@ -198,23 +199,26 @@ def _send_job(connection: socket.socket, job: DecodeJob) -> None:
     clip = (job.clip.frames, job.clip.height, job.clip.width)
     values = {"start": job.start, "clip": clip, "stride": job.stride, "name": job.name, "crop": job.crop}
     header = json.dumps(values).encode()
-    connection.sendall(JOB.pack(len(header), len(job.video)) + header)
+    connection.sendall(struct.pack(JOB, len(header), len(job.video)) + header)
     connection.sendall(job.video)
 
 
 def _receive(connection: socket.socket) -> tuple[int, np.ndarray]:
     """Kind and content of a reply. Raises EOFError when the process is gone."""
-    data, descriptors, _, _ = socket.recv_fds(connection, REPLY.size, 1, socket.MSG_CMSG_CLOEXEC)
+    data, descriptors, _, _ = socket.recv_fds(connection, struct.calcsize(REPLY), 1, socket.MSG_CMSG_CLOEXEC)
     if not data:
         raise EOFError
     if not descriptors:
         raise OSError("no file descriptor is left for the frames of a decoding process: see `ulimit -n`")
-    kind, size = REPLY.unpack(data)
+    kind, size = struct.unpack(REPLY, data)
     with open(descriptors[0], "rb", buffering=0) as file:
+        file.seek(0)  # the place is shared with the process, which has written up to the end
         content = np.empty(size, np.uint8)
         filled = 0
         while filled < size:  # one call reads 2 GB at most
-            filled += file.readinto(memoryview(content)[filled:])
+            count = file.readinto(content.data[filled:])
+            assert count, "a process sent less than it said"
+            filled += count
     return kind, content
 
 
