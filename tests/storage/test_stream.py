@@ -38,14 +38,16 @@ def proxy(url: str) -> Iterator[FaultyProxy]:
         yield proxy
 
 
-def directory(url: str, *, read_timeout: float = 1.0) -> ShardDirectory:
+def directory(url: str, read_timeout: float) -> ShardDirectory:
     """Opened anew, with a client of its own."""
     return made(S3(url, read_timeout=read_timeout), shards=SHARDS, rows=ROWS, size=SIZE, upload=False)
 
 
-def open_store(folder: Path, url: str, *, files: float = 100, ranks: int = 1, patience: float = 10) -> ShardStore:
+def open_store(
+    folder: Path, url: str, *, files: float = 100, ranks: int = 1, patience: float = 10, read_timeout: float = 10
+) -> ShardStore:
     cache = ShardCache(folder / "cache", int(files * FILE), ranks=ranks, patience=patience)
-    return ShardStore([directory(url)], cache, threads=2)
+    return ShardStore([directory(url, read_timeout)], cache, threads=2)
 
 
 def visits(count: int = 3 * SHARDS, start: int = 0) -> Iterator[Visit]:
@@ -90,7 +92,7 @@ def test_trouble_that_stays_names_the_file(proxy: FaultyProxy, url: str, tmp_pat
 
 
 def test_a_server_that_freezes(object_store: ObjectStore, url: str, tmp_path: Path) -> None:
-    store, begin = open_store(tmp_path, url), time.monotonic()
+    store, begin = open_store(tmp_path, url, patience=20, read_timeout=1), time.monotonic()
     rows = store.follow(visits())
     next(rows)
     object_store.freeze()

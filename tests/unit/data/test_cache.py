@@ -57,8 +57,12 @@ def test_what_was_used_longest_ago_makes_room(shards: ShardDirectory, tmp_path: 
     assert len(downloads(shards)) == 4
 
 
-def test_what_is_in_use_stays(shards: ShardDirectory, tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [False, True])
+def test_what_is_in_use_stays(shards: ShardDirectory, tmp_path: Path, there: bool) -> None:
+    """Downloaded for this use, or found there."""
     cache = open_cache(tmp_path, 2)
+    if there:
+        use(cache, shards, 0)
     held = cache.hold(shards, 0)
     use(cache, shards, 1, 2, 3)
     assert len(cached(cache.folder)) == 2
@@ -68,6 +72,19 @@ def test_what_is_in_use_stays(shards: ShardDirectory, tmp_path: Path) -> None:
     assert len(downloads(shards)) == 4
     use(cache, shards, 4, 5)
     assert len(cached(cache.folder)) == 2
+
+
+def test_a_file_that_is_deleted_while_it_is_opened(shards: ShardDirectory, tmp_path: Path) -> None:
+    use(open_cache(tmp_path, 2), shards, 0)
+    (file,) = (tmp_path / "cache").glob("*/*")
+    with open(file) as evictor:
+        fcntl.flock(evictor, fcntl.LOCK_EX)
+        thread = threading.Thread(target=use, args=(open_cache(tmp_path, 2), shards, 0))
+        thread.start()
+        time.sleep(0.2)  # it has opened the file and waits for its lock
+        file.unlink()
+    thread.join()
+    assert len(downloads(shards)) == 2 and list(cached(tmp_path / "cache")) == [file.name]
 
 
 def test_other_runs_that_leave_no_room_are_told(shards: ShardDirectory, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Other libraries reading the rows that tools/bench/streaming.py has put into an object store, each in its own process.
+"""Other libraries reading the rows that tools/bench/stream.py has put into an object store, each in its own process.
 
-    python tools/bench/streaming_peers.py write NAME FOLDER SHARDS ROWS SIZE     the same rows in the peer's own format
-    python tools/bench/streaming_peers.py read NAME CACHE WORKERS PLACE...       prints seconds and bytes
+    python tools/bench/stream_peers.py write NAME FOLDER SHARDS ROWS SIZE     the same rows in the peer's own format
+    python tools/bench/stream_peers.py read NAME CACHE WORKERS PLACE...       prints seconds and bytes
 
 Seconds are from the beginning of its dataset to its last row, imports left out. PLACE is what the peer reads: a URL in
 the store, or presigned URLs of its files.
@@ -67,8 +67,10 @@ def read_litdata(cache: str, workers: int, places: list[str]) -> Callable[[], It
     import os
 
     import litdata
+    from litdata.streaming import downloader
 
-    # boto3's own names.
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # it speaks https only otherwise
+
     storage = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
 
     def rows() -> Iterator[Any]:

@@ -1,6 +1,8 @@
 """How fast rows come out of an object store, beside the least that it could take and beside the peers.
 
-    python tools/bench/streaming.py [--rounds 7] [--shards 16] [--megabytes 16] [--threads 4] [--wait] [--folder DIR]
+    python tools/bench/stream.py [--rounds 7] [--shards 16] [--megabytes 16] [--threads 4] [--wait] [--folder DIR]
+
+(Not streaming.py, which would hide the library of that name from all of this folder.)
 
 A SeaweedFS on the loopback holds latents, 0.6 MB each. In every round, in an order that changes, each with an empty
 cache:
@@ -143,7 +145,7 @@ def ours(bench: Bench, *, decode: bool = False) -> int:
 
 def peer(name: str, bench: Bench) -> tuple[float, int]:
     words = ["read", name, str(bench.cache()), str(bench.threads), *bench.urls[name]]
-    program = str(Path(__file__).with_name("streaming_peers.py"))
+    program = str(Path(__file__).with_name("stream_peers.py"))
     done = subprocess.run([sys.executable, program, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"error: {name}: {done.stderr[-2000:]}")
@@ -247,7 +249,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> Bench:
             continue
         rows, size = shards.shard_sizes[0], 2 * int(np.prod(SHAPE))
         words = ["write", name, str(folder / name), str(len(shards.files)), str(rows), str(size)]
-        program = str(Path(__file__).with_name("streaming_peers.py"))
+        program = str(Path(__file__).with_name("stream_peers.py"))
         subprocess.run([sys.executable, program, *words], check=True, capture_output=True)
         upload(folder / name, f"s3://vid/{name}")
         urls[name] = [f"s3://vid/{name}"]
