@@ -8,7 +8,8 @@ faster; a rank decodes a frame in 2 ms (eight workers), p99 three times the mean
 (24 frames a second) and a second of video before them (keyframes every two). The rules:
 
     ours         a draw of one bucket for all ranks, its batch from a cost budget, its degrees `auto`
-    one cp       the same with the mesh's degrees for every bucket
+    rounds=N     the same, N draws a step: the samples of a step vary less
+    one cp       ours with the mesh's degrees for every bucket
     equal tokens every replica draws its own bucket, and as many samples as the longest clip has tokens: the usual
                  default of token-bucketed loaders
     double bound AdaptiveLoad (arXiv 2605.17923), read as: a replica draws its own bucket and takes as many samples as
@@ -25,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from machine import machine
 
 from framework.data.config import BucketConfig, DataConfig, StreamConfig
 from framework.data.goodput import (
@@ -58,7 +58,7 @@ BATCHES = ((64, 256), (64, 512), (96, 192), (96, 256), (96, 384), (768, 768), (7
 DISTURBED = Disturbances(speed=0.03, jitter=Jitter(seconds=0.002, p99=3.0))
 
 
-def mixed_recipe(global_batch: int, *, degrees: str = "auto") -> Recipe:
+def mixed_recipe(global_batch: int, *, rounds: int = 1, degrees: str = "auto") -> Recipe:
     """The mixed set and the model."""
     buckets = [IMAGES] + [
         BucketConfig(FPS * seconds + 1, height, width, share * part, fps=FPS)
@@ -70,7 +70,7 @@ def mixed_recipe(global_batch: int, *, degrees: str = "auto") -> Recipe:
         tokenizer=TokenizerConfig("dct", DctConfig(16)),
         text=TextConfig("bytes", BytesConfig(512)),
         mesh=MeshConfig(ulysses=CP),
-        data=DataConfig([StreamConfig("none")], buckets, global_batch, degrees="auto" if degrees == "auto" else "mesh"),
+        data=DataConfig([StreamConfig("none")], buckets, global_batch, rounds, degrees="auto" if degrees == "auto" else "mesh"),
     )
 
 
@@ -130,8 +130,13 @@ def contest(ranks: int, global_batch: int, steps: int, disturbances: Disturbance
         (1.0, 2.0, 4.0, 8.0),
         key=lambda m: independent(fixed, shape, short, disturbances, bounds=(m, 1.0)).goodput,
     )
+    mixing = {
+        f"ours, rounds={rounds}": ours(mixed_recipe(global_batch, rounds=rounds), shape, steps, disturbances)
+        for rounds in (2, 4)
+    }
     return {
         "ours": ours(recipe, shape, steps, disturbances),
+        **mixing,
         "one cp": ours(fixed, shape, steps, disturbances),
         "equal tokens": independent(fixed, shape, steps, disturbances, bounds=(1.0, np.inf)),
         f"double bound, M={bound:g}": independent(fixed, shape, steps, disturbances, bounds=(bound, 1.0)),
@@ -149,6 +154,8 @@ def row_of(name: str, found: Goodput, weights: np.ndarray) -> str:
 
 
 def main() -> None:
+    from machine import machine  # imports torch
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--ranks", type=int, nargs="*", default=[64, 96, 768, 1024])
