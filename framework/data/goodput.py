@@ -9,9 +9,10 @@ all have ended the one before and its own batch is ready, and works on it for lo
     ready_ri  = max(ready_r{i-1}, begin_r{i-prefetch}) + data time
 
 The loader of a rank prepares one micro-batch after the other, at most `prefetch` of them ahead, so a rank waits only
-when its queue is empty. The loss is the product of five factors, each the ratio of two such times, the next cause added:
+when its queue is empty. The goodput is the product of five factors, each the ratio of two such times, one cause more in
+the second:
 
-    slots      samples dealt out to fewer or more places than there are: empty slots
+    slots      samples that don't deal out evenly over the ranks: empty slots
     padding    tokens filled up to a multiple of the ranks that share a sample
     imbalance  ranks with different loads in one micro-batch; 1 by construction where all work on one bucket
     speed      the slowest rank is waited for
@@ -70,8 +71,9 @@ class Jitter:
 
 @dataclass(frozen=True)
 class Disturbances:
-    """speed: ranks are up to this share slower or faster, uniformly, each the same all through the run. jitter: data
-    time, None = always ready. prefetch: micro-batches prepared ahead. flops: FLOP/s of a rank. seed: of the draws.
+    """speed: ranks are up to this share faster or slower than their mean, uniformly, each the same all through the run.
+    jitter: data time, None = always ready. prefetch: micro-batches prepared ahead. flops: FLOP/s of a rank, on average
+    over the ranks. seed: of the draws.
     """
 
     speed: float = 0.0
@@ -81,8 +83,9 @@ class Disturbances:
     seed: int = 0
 
     def slowness(self, ranks: int) -> np.ndarray:
-        """Time of each rank over the nominal one, `ranks`."""
-        return 1 + self.speed * np.random.default_rng([self.seed, 1]).uniform(-1, 1, ranks)
+        """Time of each rank for what one of mean speed does in 1, `ranks`."""
+        speeds = 1 + self.speed * np.random.default_rng([self.seed, 1]).uniform(-1, 1, ranks)
+        return speeds.mean() / speeds
 
 
 @dataclass(frozen=True)
@@ -206,10 +209,15 @@ def simulate_draws(
     works: Sequence[BucketWork], drawn: np.ndarray, *, ranks: int, disturbances: Disturbances
 ) -> Goodput:
     """Given draws, `steps rounds`, of one bucket for all ranks each."""
-    draws = np.stack([(drawn == bucket).sum(axis=1) for bucket in range(len(works))], axis=1)
+    draws = count_draws(drawn, len(works))
     counts = draws * np.array([work.size for work in works])
     factors, seconds = lockstep(schedule_micros(works, draws, ranks=ranks), ranks=ranks, disturbances=disturbances)
     return Goodput(factors, shares_of(works, draws, counts), spread_of(counts), seconds, len(drawn), ranks)
+
+
+def count_draws(drawn: np.ndarray, buckets: int) -> np.ndarray:
+    """How often each step draws each bucket, `steps buckets`."""
+    return np.stack([(drawn == bucket).sum(axis=1) for bucket in range(buckets)], axis=1)
 
 
 def schedule_micros(works: Sequence[BucketWork], draws: np.ndarray, *, ranks: int) -> Iterator[Micro]:

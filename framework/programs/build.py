@@ -17,7 +17,9 @@ from framework.data.buckets import Stream, open_streams
 from framework.data.budget import micro_sizes, plan_batches
 from framework.data.config import StreamConfig
 from framework.data.loader import BatchBuilder
+from framework.data.report import report_of, to_json
 from framework.data.schedule import Place, Schedule
+from framework.data.shards import write_json
 from framework.data.splits import resolve_degrees
 from framework.diffusion.flow import Flow
 from framework.environment import Environment
@@ -239,6 +241,12 @@ def build_encoders(recipe: Recipe) -> Encoders:
 def open_data(recipe: Recipe, configs: list[StreamConfig]) -> list[Stream]:
     """The streams, checked against the recipe's tokenizer."""
     return open_streams(configs, tokenizer_version=tokenizer_version(recipe.tokenizer))
+
+
+def describe_data(recipe: Recipe, streams: list[Stream], mesh: Mesh, run: Run) -> None:
+    """What `cuboid data report` says, into the run directory, by rank 0."""
+    if mesh.rank == 0:
+        write_json(run.path / "data.json", to_json(report_of(recipe, streams, mesh.shape, steps=200)))
 
 
 def build_builder(recipe: Recipe, streams: list[Stream], encoders: Encoders, *, dropout: float) -> BatchBuilder:

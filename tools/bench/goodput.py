@@ -1,4 +1,4 @@
-"""Goodput of the schedule on the mixed set, beside other rules, on the same simulated ranks (framework/data/goodput.py).
+"""Goodput of the schedule on a mixed set, beside other rules, on the same simulated ranks (framework/data/goodput.py).
 
     python tools/bench/goodput.py [--steps 10000] [--ranks 64 96 768 1024]
 
@@ -24,6 +24,7 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -58,7 +59,7 @@ BATCHES = ((64, 256), (64, 512), (96, 192), (96, 256), (96, 384), (768, 768), (7
 DISTURBED = Disturbances(speed=0.03, jitter=Jitter(seconds=0.002, p99=3.0))
 
 
-def mixed_recipe(global_batch: int, *, rounds: int = 1, degrees: str = "auto") -> Recipe:
+def mixed_recipe(global_batch: int, *, rounds: int = 1, degrees: Literal["mesh", "auto"] = "auto") -> Recipe:
     """The mixed set and the model."""
     buckets = [IMAGES] + [
         BucketConfig(FPS * seconds + 1, height, width, share * part, fps=FPS)
@@ -70,7 +71,9 @@ def mixed_recipe(global_batch: int, *, rounds: int = 1, degrees: str = "auto") -
         tokenizer=TokenizerConfig("dct", DctConfig(16)),
         text=TextConfig("bytes", BytesConfig(512)),
         mesh=MeshConfig(ulysses=CP),
-        data=DataConfig([StreamConfig("none")], buckets, global_batch, rounds, degrees="auto" if degrees == "auto" else "mesh"),
+        data=DataConfig(
+            [StreamConfig("none")], buckets, global_batch, rounds, degrees="auto" if degrees == "auto" else "mesh"
+        ),
     )
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -58,7 +57,8 @@ def test_an_empty_slot_by_hand() -> None:
 def test_a_slow_rank_by_hand() -> None:
     disturbances = replace(STILL, speed=0.25)
     slowness = disturbances.slowness(2)
-    assert 0.75 <= slowness.min() < slowness.max() <= 1.25
+    assert (1 / slowness).mean() == pytest.approx(1) and slowness.min() < 1 < slowness.max() < 1.25 / 0.75
+    assert disturbances.slowness(1).tolist() == [1], "alone, none is slower than the others"
     found = run([A, B], disturbances)
     assert found.seconds == pytest.approx(350 * slowness.max())
     assert found.factors.speed == pytest.approx(1 / slowness.max())
@@ -120,12 +120,12 @@ def test_a_log_normal_has_its_mean_and_percentile() -> None:
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
+def bench() -> ModuleType:
     spec = importlib.util.spec_from_file_location("bench_goodput", BENCH)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
+    return module
 
 
 @pytest.mark.parametrize(
