@@ -264,36 +264,39 @@ def lockstep(micros: Iterable[Micro], *, ranks: int, disturbances: Disturbances)
             uneven = micro.loads * slowest
         nominal += uneven
         clock.advance(micro, uneven)
-    flops = clock.end * disturbances.flops
-    factors = Factors(useful / filled, filled / padded, padded / (equal * ranks), equal / nominal, nominal / flops)
-    return factors, clock.end
+    equal_all = equal * ranks
+    factors = Factors(useful / filled, filled / padded, padded / equal_all, equal / nominal, nominal / clock.end)
+    return factors, clock.end / disturbances.flops
 
 
 class Clock:
-    """The time at which the ranks have ended a micro-batch, in seconds."""
+    """When the ranks have ended a micro-batch. end: in FLOPs of a rank of mean speed, so that without late data it is
+    the sum of the loads and nothing is rounded.
+    """
 
     def __init__(self, ranks: int, disturbances: Disturbances) -> None:
         self.slowness = disturbances.slowness(ranks)
         self.end = 0.0
-        self._flops, self._jitter = disturbances.flops, disturbances.jitter
+        self._jitter = disturbances.jitter
+        self._frame = 0.0 if self._jitter is None else self._jitter.seconds * disturbances.flops
         self._rng = np.random.default_rng([disturbances.seed, 2])
         self._factors = np.ones(1) if self._jitter is None else self._jitter.factors(self._rng)
         self._ready = np.zeros(ranks)
-        # When the batches that are still in a queue, or were last, were taken: the first is the oldest.
+        # When the last batches were taken from each rank's queue, the oldest first.
         self._begins = deque([np.zeros(ranks)] * disturbances.prefetch, maxlen=disturbances.prefetch)
 
     def advance(self, micro: Micro, slowest: float) -> None:
         """slowest: FLOPs of the slowest rank times its slowness."""
         if self._jitter is None:
-            self.end += slowest / self._flops
+            self.end += slowest
             return
         ranks = len(self.slowness)
         first = int(self._rng.integers(len(self._factors) - ranks + 1))
-        data = self._factors[first : first + ranks] * (self._jitter.seconds * micro.frames)
+        data = self._factors[first : first + ranks] * (self._frame * micro.frames)
         self._ready = np.maximum(self._ready, self._begins[0]) + data
         begin = np.maximum(self._ready, self.end)
         self._begins.append(begin)
-        self.end = float((begin + micro.loads * self.slowness / self._flops).max())
+        self.end = float((begin + micro.loads * self.slowness).max())
 
 
 def shares_of(works: Sequence[BucketWork], draws: np.ndarray, counts: np.ndarray) -> Shares:

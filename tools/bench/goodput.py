@@ -1,11 +1,12 @@
 """Goodput of the schedule on a mixed set, beside other rules, on the same simulated ranks (framework/data/goodput.py).
 
-    python tools/bench/goodput.py [--steps 10000] [--ranks 64 96 768 1024]
+    python tools/bench/goodput.py [--steps 10000] [--ranks 64 96 768 1024] [--still] [--video FILE]
 
 The set: 256x448, 480x832 and 720x1280 at 16 frames a second, 1 to 10 s in eight steps, and images: 25 buckets, for a
 14B Wan. Weights fall with duration and resolution, a fifth of the samples are images. Ranks are up to 3 % slower or
-faster; a rank decodes a frame in 2 ms (eight workers), p99 three times the mean, half as many frames again as are used
-(24 frames a second) and a second of video before them (keyframes every two). The rules:
+faster and do 400 TFLOP/s. A rank's eight workers decode a frame in 2 ms, p99 three times the mean (measured on
+the test clip, 720p, one core: 14.5 ms, 2.6 times; `--video` measures again). They decode half as many frames again as
+are used (24 frames a second) and a second of video before them (keyframes every two). The rules:
 
     ours         a draw of one bucket for all ranks, its batch from a cost budget, its degrees `auto`
     rounds=N     the same, N draws a step: the samples of a step vary less
@@ -17,13 +18,15 @@ faster; a rank decodes a frame in 2 ms (eight workers), p99 three times the mean
                  is the best for it of 1, 2, 4 and 8 times S_max; whether that fits into memory isn't asked
 
 In the last two a bucket is drawn in proportion to weight / samples of a draw, which keeps the mixture, and a step has
-as many micro-batches as come nearest to the global batch. The replica there is the mesh's, 8 ranks.
+as many micro-batches as come nearest to the global batch. The replica there is the mesh's, 8 ranks. What ranks send
+each other is in none of them: the last line of a mesh says how finely ours splits samples for its even deal.
 """
 
 import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -146,6 +149,32 @@ def contest(ranks: int, global_batch: int, steps: int, disturbances: Disturbance
     }
 
 
+def measured(video: Path) -> Jitter:
+    """Data time of 60 clips of 33 frames from anywhere in a video, shared out to eight workers."""
+    from framework.data.decode import decode_clip, probe
+    from framework.shapes import ClipShape
+
+    data, times = video.read_bytes(), []
+    starts = np.random.default_rng(0).integers(0, probe(video).frames - 33, 60)
+    for start in starts.tolist():
+        begin = time.perf_counter()
+        decode_clip(data, start=start, clip=ClipShape(33, 256, 448))
+        times.append(time.perf_counter() - begin)
+    print(f"decoding: {1e3 * np.mean(times) / 33:.1f} ms a frame, p99 {np.percentile(times, 99) / np.mean(times):.2f}")
+    return Jitter(float(np.mean(times)) / 33 / 8, measured=tuple(times))
+
+
+def split_line(ranks: int, global_batch: int) -> str:
+    """How many ranks share a sample in ours."""
+    shape = mesh_of(ranks)
+    works = bucket_works(resolve_degrees(mixed_recipe(global_batch), shape), shape)
+    widest, finest = max(works, key=lambda work: work.parts), min(works, key=lambda work: work.tokens / work.parts)
+    return (
+        f"  ours: up to {widest.parts} ranks share a sample ({widest.tokens} tokens); fewest tokens a rank "
+        f"{finest.tokens // finest.parts} ({finest.parts} ranks)"
+    )
+
+
 def row_of(name: str, found: Goodput, weights: np.ndarray) -> str:
     factors, samples = found.factors, found.samples
     causes = " ".join(f"{100 * (1 - getattr(factors, cause)):9.2f}" for cause in Factors.__dataclass_fields__)
@@ -163,10 +192,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--ranks", type=int, nargs="*", default=[64, 96, 768, 1024])
     parser.add_argument("--still", action="store_true", help="no disturbance")
+    parser.add_argument("--video", type=Path, help="measure data times on this file")
     words = parser.parse_args()
-    disturbances = replace(DISTURBED, speed=0.0, jitter=None) if words.still else DISTURBED
     print(" ".join(f"{name}={value}" for name, value in machine().items()))
-    print(f"{words.steps} steps, {disturbances}; goodput and losses in %")
+    disturbances = replace(DISTURBED, speed=0.0, jitter=None) if words.still else DISTURBED
+    if words.video is not None:
+        disturbances = replace(disturbances, jitter=measured(words.video))
+    noise = (
+        "data always ready" if disturbances.jitter is None else f"{1e3 * disturbances.jitter.seconds:.2f} ms a frame"
+    )
+    print(f"{words.steps} steps, ranks within {disturbances.speed:.0%}, {noise}; goodput and losses in %")
     for ranks, global_batch in BATCHES:
         if ranks not in words.ranks:
             continue
@@ -179,7 +214,7 @@ def main() -> None:
         )
         for name, found in contest(ranks, global_batch, words.steps, disturbances).items():
             print(row_of(name, found, weights))
-        print(f"  ({time.perf_counter() - begin:.1f} s)")
+        print(f"{split_line(ranks, global_batch)}; all took {time.perf_counter() - begin:.1f} s")
 
 
 if __name__ == "__main__":
