@@ -1,4 +1,4 @@
-"""`cuboid data report` on a stream in a bucket: the numbers of the same shards in a directory, and the cache they need."""
+"""`cuboid data report` on a stream in a bucket: the same numbers as in a directory, and the cache they need."""
 
 import json
 import os
