@@ -59,14 +59,19 @@ def misfits(index: SampleIndex, bucket: BucketConfig, *, latent: bool = False) -
         return {"another shape": other, "score too low": low}
     none = np.zeros(len(index), dtype=bool)
     timed = bucket.fps is not None and bucket.frames > 1
-    span = np.floor((bucket.frames - 1) * (index.fps / bucket.fps if bucket.fps and timed else 1.0) + 0.5) + 1
     return {
         "too few pixels": (index.heights < bucket.height) | (index.widths < bucket.width),
         "too slow": index.fps < bucket.fps * (1 - FPS_SLACK) if bucket.fps and timed else none,
-        "too short": index.frames < span,
+        "too short": index.frames < source_span(index, bucket),
         "cropped too much": cropped_share(index, bucket) > bucket.max_crop,
         "score too low": low,
     }
+
+
+def source_span(index: SampleIndex, bucket: BucketConfig) -> np.ndarray:
+    """How many of each video's frames a clip of the bucket spans, `n`: `num_source_frames` of decode.py."""
+    stride = index.fps / bucket.fps if bucket.fps and bucket.frames > 1 else 1.0
+    return np.broadcast_to(np.floor((bucket.frames - 1) * stride + 0.5) + 1, len(index))
 
 
 def cropped_share(index: SampleIndex, bucket: BucketConfig) -> np.ndarray:

@@ -23,7 +23,7 @@ from framework.recipe import Recipe, bucket_tokens
 from framework.text.config import text_length
 
 # Where the rounded sizes may lie: the budget is moved by up to a factor of two either way, in steps of a sixteenth.
-NUDGES = [2 ** (j / 16) for j in range(-16, 17)]
+NUDGES = tuple(2 ** (j / 16) for j in range(-16, 17))
 
 
 @dataclass(frozen=True)

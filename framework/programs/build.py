@@ -25,7 +25,9 @@ from framework.data.config import StreamConfig
 from framework.data.device import Mover
 from framework.data.loader import Loader
 from framework.data.reader import Reader
+from framework.data.report import report_of, to_json
 from framework.data.schedule import Place, Schedule
+from framework.data.shards import write_json
 from framework.data.splits import resolve_degrees
 from framework.data.stream import ShardStore, is_local
 from framework.data.workers import DecodePool
@@ -254,6 +256,12 @@ def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[Paramet
 def open_data(recipe: Recipe, configs: list[StreamConfig]) -> list[Stream]:
     """The streams, checked against the recipe's tokenizer."""
     return open_streams(configs, tokenizer_version=tokenizer_version(recipe.tokenizer))
+
+
+def describe_data(recipe: Recipe, streams: list[Stream], mesh: Mesh, run: Run) -> None:
+    """What `cuboid data report` says, into the run directory, by rank 0."""
+    if mesh.rank == 0:
+        write_json(run.path / "data.json", to_json(report_of(recipe, streams, mesh.shape, steps=200)))
 
 
 def build_builder(recipe: Recipe, streams: list[Stream], encoders: Encoders, *, dropout: float) -> BatchBuilder:

@@ -20,6 +20,7 @@ from framework.checkpoint.manifest import Origin, Progress
 from framework.checkpoint.resume import Resumed, resume
 from framework.checkpoint.save import Saver
 from framework.checkpoint.writer import Subject
+from framework.data.buckets import Stream
 from framework.data.loader import Loader
 from framework.data.schedule import Schedule, Work
 from framework.ema import Ema
@@ -64,6 +65,7 @@ class Parts:
     engine: Engine
     ema: Ema
     flow: Objective
+    streams: list[Stream]
     schedule: Schedule
     loader: Loader
     latents: list[LatentShape]
@@ -112,6 +114,7 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     saver = Saver(storage, recipe.checkpoint, mesh, fence=fence, subject=subject, fragments=fragments)
     encoders = build.Encoders(recipe)
     parts = build_parts(recipe, mesh, engine, ema=ema, encoders=encoders, start=progress.step)
+    build.describe_data(recipe, parts.streams, mesh, run)
     observer = Observer(recipe, mesh, run, flow=build.build_flow(recipe), engine=engine, ema=ema, encoders=encoders)
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
     for text in (*notes, *start_lines(parts, progress, run)):
@@ -271,6 +274,7 @@ def build_parts(recipe: Recipe, mesh: Mesh, engine: Engine, *, ema: Ema, encoder
         engine=engine,
         ema=ema,
         flow=build.build_flow(recipe),
+        streams=streams,
         schedule=schedule,
         loader=build.build_loader(recipe, streams, builder, schedule, meshes=meshes, start=start),
         latents=[latent_shape(bucket.clip, encoders.tokenizer.strides) for bucket in recipe.data.buckets],

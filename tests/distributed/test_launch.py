@@ -54,6 +54,8 @@ def test_stop_resume_finish(tiny_shards: Path, tmp_path: Path) -> None:
     reached = steps(run)
     verdict = json.loads((run / "attempts/0000/verdict.json").read_text())
     assert verdict == {"outcome": "stopped", "step": reached[-1], "signal": signal.SIGTERM}
+    told = json.loads((run / "data.json").read_text())
+    assert (told["ranks"], told["steps"], told["simulated_steps"], told["streams"][0]["samples"]) == (2, 2000, 200, 8)
 
     total = reached[-1] + 2
     stored = run / "recipe.yaml"

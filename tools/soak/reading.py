@@ -132,7 +132,7 @@ def seen_of(batch: Batch) -> list[Seen]:
 def rank_main(plan: Plan, rank: int, port: int, pipe: Connection) -> None:
     """A rank: tells (step, samples that it read for its replica, samples that it only received) after each step."""
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)})
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(plan.num_ranks)})
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(plan.num_ranks), "SOAK": str(plan.recipe)})
     try:
         torch.set_num_threads(1)
         env = Environment(rank=rank, world_size=plan.num_ranks, local_rank=rank, failures=None)

@@ -16,11 +16,11 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -35,6 +35,7 @@ NUM_STEPS = 400
 SAVES = 3  # a step counts when the steps up to it are a multiple of this, as with checkpoint.every
 CACHE_BYTES = 160_000
 MESHES = ({"dp": 4}, {"dp": 3}, {"dp": 1}, {"dp": 2, "ring": 2}, {"dp": 1, "tp": 2}, {"dp": 1, "ulysses": 2, "tp": 2})
+GONE = 6.0  # seconds within which a dead rank's processes have ended; a busy machine takes some
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -187,8 +188,8 @@ class Soak:
 
     def _look_around(self, before: set[Path]) -> None:
         """What the killed ranks have left."""
-        deadline = time.monotonic() + 3
-        while (left := decoders()) and time.monotonic() < deadline:
+        deadline = time.monotonic() + GONE
+        while (left := decoders(self.recipe)) and time.monotonic() < deadline:
             time.sleep(0.05)
         if left:
             raise Violation(f"decoding processes live on: {left}")
@@ -213,11 +214,14 @@ class Soak:
         )
 
 
-def decoders() -> list[int]:
-    """Decoding processes of this machine whose rank is gone."""
-    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
-    return [int(pid) for pid, parent, args in rows if "framework.data.decode_worker" in args and parent == "1"]
+def decoders(recipe: Path) -> list[int]:
+    """Decoding processes that ranks of this soak have started: the ranks' environment names its recipe."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if b"decode_worker" in (process / "cmdline").read_bytes():
+                found += [int(process.name)] * (str(recipe).encode() in (process / "environ").read_bytes())
+    return found
 
 
 def upload(folder: Path, bucket: str, prefix: str, environment: dict[str, str]) -> str:

@@ -1,0 +1,47 @@
+"""`cuboid data`: look at data before a run."""
+
+import json as json_
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from framework import log
+from framework.data.buckets import open_streams
+from framework.data.report import report_of, to_json
+from framework.data.report_text import report_lines
+from framework.environment import visible_gpus
+from framework.parallel.config import resolve_mesh
+from framework.recipe import load_recipe
+from framework.tokenizer.config import tokenizer_version
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data before a run.")
+
+
+@app.callback()
+def data() -> None:
+    """Look at data before a run."""
+
+
+@app.command()
+def report(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set.")] = None,
+    *,
+    ranks: Annotated[int | None, typer.Option(help="Ranks of the run; the mesh's, or this machine's GPUs.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps to simulate at most.")] = 1000,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What a run will do with its data: what fits, what is dropped and cut off, shares, repeats, expected goodput.
+
+    Reads the streams' indexes, local or in an object store, and no shard.
+    """
+    for name, value in (("--ranks", ranks), ("--steps", steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
+    loaded = load_recipe(recipe, overrides or [])
+    shape = resolve_mesh(loaded.mesh, num_ranks=ranks, num_gpus=visible_gpus())
+    streams = open_streams(loaded.data.streams, tokenizer_version=tokenizer_version(loaded.tokenizer))
+    found = report_of(loaded, streams, shape, steps=steps)
+    for text in [json_.dumps(to_json(found))] if json else report_lines(found):
+        log.line(text)
