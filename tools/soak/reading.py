@@ -86,7 +86,7 @@ def write_recipe(path: Path, streams: Sequence[str]) -> Path:
         {"frames": clip.frames, "height": clip.height, "width": clip.width, "weight": weight}
         for clip, weight in ((SHORT, 3.0), (LONG, 2.0), (VIDEO, 1.0))
     ]
-    model = {"in_channels": 8, "out_channels": 8, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12}
+    model = {"in_channels": 8, "out_channels": 8, "num_layers": 1, "num_attention_heads": 4, "attention_head_dim": 12}
     tree = {
         "run": str(path.with_suffix(".run")),
         "mesh": {"dp": "auto"},

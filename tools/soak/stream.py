@@ -32,7 +32,7 @@ import reading
 from framework.launch.local import free_port
 
 NUM_STEPS = 400
-SAVES = 3  # a step counts when the steps up to it are a multiple of this, as with checkpoint.every
+SAVES = 2  # a step counts when the steps up to it are a multiple of this, as with checkpoint.every
 CACHE_BYTES = 160_000
 MESHES = ({"dp": 4}, {"dp": 3}, {"dp": 1}, {"dp": 2, "ring": 2}, {"dp": 1, "tp": 2}, {"dp": 1, "ulysses": 2, "tp": 2})
 GONE = 6.0  # seconds within which a dead rank's processes have ended; a busy machine takes some
@@ -98,7 +98,7 @@ class Soak:
         )
         before = set(SHARED_MEMORY.iterdir())
         plan = reading.Plan(self.recipe, words, self.done, ranks)
-        first, told = self._run(plan, seconds=self.rng.uniform(0.05, 1.2))
+        first, told = self._run(plan, seconds=self.rng.uniform(0.05, 2.0))
         self._compare(told, ranks)
         self._look_around(before)
         self.tally.kills += 1
