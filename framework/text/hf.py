@@ -12,16 +12,14 @@ Shapes: B captions, L = max_length tokens with the end token, D = d_model.
 
 import json
 from collections.abc import Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from framework.fingerprint import directory_hash
 from framework.text.config import HfConfig
-
-SAMPLE_BYTES = 1 << 20
 
 
 def find_directories(path: str) -> tuple[Path, Path]:
@@ -36,20 +34,6 @@ def find_directories(path: str) -> tuple[Path, Path]:
         if not file.is_file():
             raise ValueError(f"text.hf.path={path!r}: {file} is missing: {fix}")
     return model, tokenizer
-
-
-def directory_hash(*directories: Path) -> str:
-    """Hash of the files' names, sizes and first and last MiB: reading 11 GB of weights at each start takes long."""
-    digest = blake2b(digest_size=8)
-    for directory in directories:
-        for file in sorted(f for f in directory.iterdir() if f.is_file()):
-            size = file.stat().st_size
-            digest.update(f"{file.name}\x1f{size}\x1f".encode())
-            with file.open("rb") as stream:
-                digest.update(stream.read(SAMPLE_BYTES))
-                stream.seek(max(0, size - SAMPLE_BYTES))
-                digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def load_model(directory: Path) -> Any:
