@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from framework.text.config import BytesConfig
+from framework.text.padding import unpad_texts
 
 WIDTH = 256
 END = 0xFF
@@ -47,6 +48,7 @@ class ByteEncoder:
         self.width = WIDTH
         self.max_length = config.max_length
         self.version = f"bytes/1-{config.max_length}"
+        self.masked = True
         self._codes_bd = (byte_codes() * math.sqrt(WIDTH)).to(device)
         self._positions_ld = sinusoids(config.max_length).to(device)
 
@@ -58,3 +60,7 @@ class ByteEncoder:
         lengths_b = torch.tensor([len(text) for text in texts], device=ids_bl.device)
         mask_bl = torch.arange(self.max_length, device=ids_bl.device) < lengths_b[:, None]
         return (self._codes_bd[ids_bl] + self._positions_ld) * mask_bl[..., None], mask_bl
+
+    def embed(self, captions: Sequence[str]) -> list[Tensor]:
+        """Embeddings `L_i D` float32 of each caption, without padding."""
+        return unpad_texts(*self.encode(captions))

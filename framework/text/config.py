@@ -35,12 +35,13 @@ class HfConfig:
     """A T5 or UMT5 encoder with its tokenizer from a local directory in transformers' layout.
 
     path: the directory. max_length: tokens kept (Wan: 512). mask: False feeds the padding as zeros, unmasked, as Wan
-    does.
+    does. clean: repair captions first as Wan's pipelines do (text/clean.py).
     """
 
     path: str = ""
     max_length: int = 512
     mask: bool = False
+    clean: bool = True
 
     def __post_init__(self) -> None:
         check_length("hf", self.max_length)

@@ -1,10 +1,11 @@
 """What every caption encoder is, and the one place that builds them.
 
-An encoder is frozen: what is learned about text is the model's own text embedder. Captions are encoded as given, to a
-fixed length, so that the shape doesn't depend on them. Every caption, the empty one too, has at least one attended
+An encoder is frozen: what is learned about text is the model's own text embedder. Captions are encoded to a fixed
+length, so that the shape doesn't depend on them, or without padding, to be stored: `pad_texts(encoder.embed(captions),
+encoder.max_length, masked=encoder.masked)` is what `encoder.encode(captions)` gives, bit for bit. Every caption, the empty one too, has at least one attended
 token: dropping a caption for guidance replaces it by the empty string (Ho and Salimans, arXiv 2207.12598).
 
-Shapes: B captions, L tokens (max_length), D width.
+Shapes: B captions, L tokens (max_length), L_i tokens of caption i, D width.
 """
 
 from collections.abc import Sequence
@@ -18,14 +19,21 @@ from framework.text.config import BytesConfig, HfConfig, MinilmConfig, TextConfi
 
 
 class TextEncoder(Protocol):
-    """A frozen caption encoder. width: D. max_length: L. version: names everything that changes the embeddings."""
+    """A frozen caption encoder. width: D. max_length: L. masked: whether `encode` gives a mask. version: names
+    everything that changes the embeddings.
+    """
 
     width: int
     max_length: int
+    masked: bool
     version: str
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Embeddings `B L D` float32, zero at the padding; mask `B L` (True = attend), or None: attend to all."""
+        ...
+
+    def embed(self, captions: Sequence[str]) -> list[Tensor]:
+        """Embeddings `L_i D` float32 of each caption without padding, at least one token each."""
         ...
 
 

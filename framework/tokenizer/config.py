@@ -54,7 +54,9 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class WanVae:
-    """What the files of Wan's autoencoder say of it. mean, std: of its latents, a number for each channel."""
+    """What the files of Wan's autoencoder say of it. directory: where they are. strides: its own. mean, std: of its
+    latents, a number for each channel.
+    """
 
     directory: Path
     strides: Strides
