@@ -11,7 +11,7 @@ from framework.data.config import StreamConfig
 from framework.models.config import is_adapter
 from framework.parallel.config import MeshShape, resolve_mesh, split_shape
 from framework.plan.parameters import parameter_shapes
-from framework.recipe import Recipe, bucket_degrees, check_kernel
+from framework.recipe import Recipe, bucket_degrees, check_kernel, check_trained
 from framework.run import run_identity
 from framework.tokenizer.config import tokenizer_version
 
@@ -37,6 +37,7 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
 
     num_gpus: that each of its machines shows.
     """
+    check_trained(recipe)
     shape = resolve_mesh(recipe.mesh, num_ranks=num_ranks, num_gpus=num_gpus)
     for index in range(len(recipe.data.buckets)):
         split_shape(shape, *bucket_degrees(recipe, index))

@@ -30,7 +30,7 @@ from framework.parallel.config import resolve_mesh
 from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import Group, Mesh, build_mesh, world_group
 from framework.parallel.zero.engine import Engine
-from framework.recipe import Recipe, bucket_degrees, flatten
+from framework.recipe import Recipe, bucket_degrees, check_trained, flatten
 from framework.run import Run, RunFailure, latest_attempt, lock_run, make_identity, open_attempt, store_recipe
 from framework.storage.storage import Storage
 from framework.text.encoder import TextEncoder, build_text_encoder
@@ -217,9 +217,9 @@ def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[Paramet
     return lines
 
 
-def build_encoders(recipe: Recipe) -> Encoders:
-    """Tokenizer and text encoder."""
-    return Encoders(build_tokenizer(recipe.tokenizer), build_text_encoder(recipe.text))
+def build_encoders(recipe: Recipe, device: torch.device | str = "cpu") -> Encoders:
+    """Tokenizer and text encoder, their weights on a device."""
+    return Encoders(build_tokenizer(recipe.tokenizer, device), build_text_encoder(recipe.text, device))
 
 
 def open_data(recipe: Recipe, configs: list[StreamConfig]) -> list[Stream]:
@@ -242,6 +242,7 @@ def build_builder(recipe: Recipe, streams: list[Stream], encoders: Encoders, *, 
 
 def build_flow(recipe: Recipe) -> Flow:
     """The objective."""
+    check_trained(recipe)
     return Flow(
         recipe.flow,
         recipe.loss,

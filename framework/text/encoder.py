@@ -1,9 +1,12 @@
 """What every caption encoder is, and the one place that builds them.
 
 An encoder is frozen: what is learned about text is the model's own text embedder. Captions are encoded to a fixed
-length, so that the shape doesn't depend on them, or without padding, to be stored: `pad_texts(encoder.embed(captions),
-encoder.max_length, masked=encoder.masked)` is what `encoder.encode(captions)` gives, bit for bit. Every caption, the empty one too, has at least one attended
-token: dropping a caption for guidance replaces it by the empty string (Ho and Salimans, arXiv 2207.12598).
+length, so that the shape doesn't depend on them, or without padding, to be stored. Padded again they are the same bits:
+
+    pad_texts(encoder.embed(captions), encoder.max_length, masked=encoder.masked) == encoder.encode(captions)
+
+Every caption, the empty one too, has at least one attended token: dropping a caption for guidance replaces it by the
+empty string (Ho and Salimans, arXiv 2207.12598).
 
 Shapes: B captions, L tokens (max_length), L_i tokens of caption i, D width.
 """

@@ -34,7 +34,7 @@ def load_vae(vae: WanVae, dtype: torch.dtype) -> Any:
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"diffusers can't read the autoencoder in {vae.directory}: {error}") from error
     if missing := sorted(report["missing_keys"]):  # diffusers would go on with random numbers
-        raise ValueError(f"the weights in {vae.directory} lack {missing[0]} and {len(missing) - 1} more: copy them anew")
+        raise ValueError(f"the weights in {vae.directory} lack {missing[0]} and {len(missing) - 1} more: copy it anew")
     return model
 
 

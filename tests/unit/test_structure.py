@@ -24,6 +24,7 @@ ROWS: Final = (
         "plan",
         "tokenizer",
         "text",
+        "image",
         "optim",
         "ema",
     ),  # a run stores a recipe

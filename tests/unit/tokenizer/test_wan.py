@@ -145,7 +145,7 @@ def test_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tensors = load_file(weights)
     del tensors["quant_conv.bias"], tensors["encoder.conv_in.bias"]
     save_file(tensors, weights)
-    with pytest.raises(ValueError, match=r"lack encoder\.conv_in\.bias and 1 more: copy them anew"):
+    with pytest.raises(ValueError, match=r"lack encoder\.conv_in\.bias and 1 more: copy it anew"):
         build(tmp_path)
     weights.unlink()
     with pytest.raises(ValueError, match="saved as safetensors"):

@@ -1,0 +1,115 @@
+"""The whole of sampling against diffusers' pipelines: text, image, autoencoder, transformers, guidance and levels.
+
+Tiny random weights, saved by the pipeline and read from its directory by our code; the same noise. Latents and pixels
+within 1e-4 in float32.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.wan import pipeline_wan_i2v
+from PIL import Image
+from tiny_wan import build_pipeline
+from torch import Tensor
+
+from framework.diffusion.first_frame import FirstFrame
+from framework.diffusion.sampler import Experts
+from framework.programs.generate import Generator
+from framework.programs.pipeline import Pipeline, build_generator, first_frame, load_experts, open_pipeline
+from framework.shapes import ClipShape
+
+CLIP = ClipShape(9, 32, 48)
+PROMPTS = ["  a rabbit  &amp; a fox\n", "snow"]
+NEGATIVE = "blurred"
+SEED, STEPS, GUIDANCE = 11, 5, 3.5
+
+
+@pytest.fixture(autouse=True)
+def no_ftfy_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' image pipeline calls ftfy without asking whether it is there; it changes nothing in these prompts."""
+    monkeypatch.setattr(pipeline_wan_i2v, "ftfy", SimpleNamespace(fix_text=lambda text: text), raising=False)
+
+
+def picture(path: Path) -> Path:
+    """Larger than the clip and of another shape, so that it's resized."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((70, 64), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def reference(kind: str, folder: Path, noise: Tensor, **given: object) -> tuple[Tensor, Tensor]:
+    """diffusers' latents and pixels in [0, 1], `B t c h w`."""
+    pipeline = build_pipeline(kind)
+    pipeline.set_progress_bar_config(disable=True)
+    found = []
+    for output in ("latent", "pt"):
+        found += pipeline(
+            prompt=PROMPTS,
+            negative_prompt=[NEGATIVE] * len(PROMPTS),
+            height=CLIP.height,
+            width=CLIP.width,
+            num_frames=CLIP.frames,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            latents=noise.clone(),
+            output_type=output,
+            return_dict=False,
+            **given,
+        )
+    return found[0], found[1]
+
+
+def opened(kind: str, folder: Path) -> tuple[Pipeline, Generator]:
+    build_pipeline(kind).save_pretrained(folder)
+    pipeline = open_pipeline(folder)
+    sampler = pipeline.sampler(steps=STEPS, guidance=GUIDANCE, negative=NEGATIVE)
+    return pipeline, build_generator(pipeline, CLIP, sampler)
+
+
+def assert_same(generator: Generator, experts: Experts, first: FirstFrame | None, expected: tuple[Tensor, ...]) -> None:
+    latents = generator.latents(experts, PROMPTS, seed=SEED, first=first)
+    torch.testing.assert_close(latents, expected[0], atol=1e-4, rtol=0)
+    pixels = generator.encoders.tokenizer.decode(latents).transpose(1, 2)
+    torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), expected[1], atol=1e-4, rtol=0)
+    videos = generator(experts, PROMPTS, seed=SEED, first=first)
+    assert videos.shape == (2, CLIP.frames, CLIP.height, CLIP.width, 3)
+    assert (videos.movedim(-1, 2) - 255 * expected[1]).abs().max() < 0.6
+    assert not torch.allclose(expected[0][0], expected[0][1], atol=0.1) and expected[1].std() > 0.01
+    print(
+        f"latents {(latents - expected[0]).abs().max():.1e}, pixels {(pixels / 2 + 0.5 - expected[1]).abs().max():.1e}"
+    )
+
+
+@pytest.mark.parametrize("kind", ["text", "text_folded"])
+def test_text_to_video(kind: str, tmp_path: Path) -> None:
+    pipeline, generator = opened(kind, tmp_path)
+    noise = generator.noise(PROMPTS, seed=SEED)
+    experts = load_experts(pipeline, generator.recipe, generator.device, low_guidance=None)
+    assert_same(generator, experts, None, reference(kind, tmp_path, noise))
+    with pytest.raises(ValueError, match="leave out the low guidance"):
+        load_experts(pipeline, generator.recipe, generator.device, low_guidance=2.0)
+
+
+@pytest.mark.parametrize("low_guidance", [None, 1.5])
+def test_two_experts(low_guidance: float | None, tmp_path: Path) -> None:
+    pipeline, generator = opened("experts", tmp_path)
+    noise = generator.noise(PROMPTS, seed=SEED)
+    experts = load_experts(pipeline, generator.recipe, generator.device, low_guidance=low_guidance)
+    assert_same(generator, experts, None, reference("experts", tmp_path, noise, guidance_scale_2=low_guidance))
+
+
+@pytest.mark.parametrize("kind", ["image", "image_experts"])
+def test_image_to_video(kind: str, tmp_path: Path) -> None:
+    pipeline, generator = opened(kind, tmp_path)
+    file = picture(tmp_path / "first.png")
+    with Image.open(file) as image:
+        expected = reference(kind, tmp_path, generator.noise(PROMPTS, seed=SEED), image=image.convert("RGB"))
+    first = first_frame(pipeline, generator, file)
+    assert (first.tokens is None) == (kind == "image_experts")
+    experts = load_experts(pipeline, generator.recipe, generator.device, low_guidance=None)
+    assert_same(generator, experts, first, expected)
+    with pytest.raises(ValueError, match="it makes videos of an image, give one"):
+        generator(experts, PROMPTS, seed=SEED)
