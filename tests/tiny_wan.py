@@ -24,7 +24,7 @@ from wan_cases import randomise
 
 # Wan 2.1's autoencoder, and the one of Wan 2.2 (5B): residual, with 2x2 pixels folded into channels.
 VAES: Final = {
-    "2.1": {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1},
+    "2.1": {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
     "2.2": {
         "base_dim": 4,
         "decoder_base_dim": 4,
@@ -125,7 +125,8 @@ def build_pipeline(kind: str, *, shift: float = 3.0) -> WanPipeline | WanImageTo
             return WanImageToVideoPipeline(**parts, vae=vae, **image, transformer=transformer)
         case "image_experts":
             two = {
-                name: build_transformer(i, in_channels=12) for i, name in enumerate(("transformer", "transformer_2"))
+                "transformer": build_transformer(1, in_channels=12),
+                "transformer_2": build_transformer(2, in_channels=12),
             }
             return WanImageToVideoPipeline(**parts, vae=vae, **two, boundary_ratio=0.8)
     raise AssertionError(kind)
