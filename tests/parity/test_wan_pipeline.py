@@ -4,6 +4,8 @@ Tiny random weights, saved by the pipeline and read from its directory by our co
 within 1e-4 in float32.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +26,7 @@ from framework.shapes import ClipShape
 CLIP, FOLDED = ClipShape(9, 16, 32), ClipShape(5, 32, 64)
 PROMPTS = ["  a rabbit  &amp; a fox\n", "snow"]
 NEGATIVE = "blurred"
+ROOT = Path(__file__).parents[2]
 SEED, STEPS, GUIDANCE = 11, 4, 3.5
 
 
@@ -117,3 +120,36 @@ def test_image_to_video(kind: str, tmp_path: Path) -> None:
     assert_same(generator, experts, first, expected)
     with pytest.raises(ValueError, match="it makes videos of an image, give one"):
         generator(experts, PROMPTS, seed=SEED)
+
+
+def test_the_command_samples_a_pipelines_directory(tmp_path: Path) -> None:
+    """Through the command, whose mp4 holds the frames of the generator; mistakes are one message."""
+    pipeline, _ = opened("image", tmp_path / "model")
+    file, out = picture(tmp_path / "first.png"), tmp_path / "out" / "x.mp4"
+    words = ["sample", str(pipeline.path), "--prompt", "snow", "--out", str(out), "--size", "5x16x32", "--steps", "1"]
+
+    def cuboid(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "framework.cli", *words, *more]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250)
+
+    answer = cuboid("--image", str(file))
+    assert answer.returncode == 0, answer.stderr
+    assert f"5x16x32 from {pipeline.path}" in answer.stdout and out.is_file() and out.with_suffix(".png").is_file()
+    refused = cuboid()
+    assert refused.returncode == 2 and "it makes videos of an image, give one" in refused.stderr, refused.stderr
+
+
+def test_a_pipeline_says_what_it_cannot_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no directory of a diffusers pipeline: model_index\.json can't be read"):
+        open_pipeline(tmp_path)
+    pipeline = Pipeline(tmp_path, {}, {"_class_name": "DDIMScheduler"})
+    with pytest.raises(ValueError, match=r"DDIMScheduler, isn't of flow matching"):
+        pipeline.sampler(steps=1, guidance=1.0, negative="")
+    euler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_karras_sigmas": True}
+    with pytest.raises(ValueError, match="sets use_karras_sigmas"):
+        Pipeline(tmp_path, {}, euler).sampler(steps=1, guidance=1.0, negative="")
+    unipc = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 5.0}
+    pipeline = Pipeline(tmp_path, {}, unipc)
+    assert "instead of its UniPCMultistepScheduler" in pipeline.note
+    sampler = pipeline.sampler(steps=1, guidance=1.0, negative="")
+    assert (sampler.shift, sampler.levels) == (5.0, "even")
