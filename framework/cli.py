@@ -19,6 +19,7 @@ from framework.launch.check import check_machine, check_start, check_store
 from framework.launch.local import run_local, write_failure
 from framework.recipe import Recipe, load_recipe
 from framework.run import Resolved, RunFailure, recipe_of_run, resolve_invocation
+from framework.shapes import ClipShape
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -92,29 +93,49 @@ def train(
 
 @app.command()
 def sample(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    place: Annotated[Path, typer.Argument(help="Run directory, or the directory of a diffusers pipeline of Wan.")],
     *,
     prompt: Annotated[str, typer.Option(help="Caption.")],
     out: Annotated[Path, typer.Option(help="The mp4 to write; a contact sheet lands beside it.")],
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
     steps: Annotated[int | None, typer.Option(help="Euler steps; the recipe's by default.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the recipe's by default.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the recipe's, or 5 of a pipeline.")] = None,
+    image: Annotated[Path | None, typer.Option(help="First frame, for a pipeline that takes one.")] = None,
+    size: Annotated[str | None, typer.Option(help="Of a pipeline's clip, FRAMESxHEIGHTxWIDTH: 81x480x832.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Of a pipeline: what guidance leads away from.")] = None,
+    low_guidance: Annotated[float | None, typer.Option(help="Of a pipeline's second expert.")] = None,
 ) -> None:
-    """A video from a run's newest checkpoint."""
-    recipe_of_run(run)
-    open_checkpoint(str(run))
-    if weights not in ("ema", "raw"):
-        raise ValueError(f"--weights {weights} must be ema or raw")
-    from framework.programs.sample import SampleRequest
-    from framework.programs.sample import sample as run_sample
-
+    """A video from a run's newest checkpoint, or from a diffusers pipeline of Wan."""
     if out.suffix != ".mp4":
         raise ValueError(f"--out {out}: the file is an mp4, name it {out.with_suffix('.mp4')}")
     if steps is not None and steps < 1:
         raise ValueError(f"--steps {steps} must be at least 1")
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"--weights {weights} must be ema or raw")
+    if (place / "model_index.json").is_file():
+        clip = parse_clip(size or "81x480x832")
+        from framework.programs import sample as program
+        from framework.programs.pipeline import open_pipeline
+
+        pipeline = open_pipeline(place)
+        sampler = pipeline.sampler(
+            steps=steps or 50, guidance=5.0 if guidance is None else guidance, negative=negative or ""
+        )
+        request = program.PipelineRequest(prompt, out, seed, clip, sampler, low_guidance, image)
+        log.line(program.sample_pipeline(pipeline, request))
+        return
+    recipe_of_run(place)
+    open_checkpoint(str(place))
+    if any(value is not None for value in (image, size, negative, low_guidance)):
+        raise ValueError(
+            f"--image, --size, --negative and --low-guidance are for a diffusers pipeline; {place} is a run"
+        )
+    from framework.programs.sample import SampleRequest
+    from framework.programs.sample import sample as run_sample
+
     chosen: Literal["ema", "raw"] = "ema" if weights == "ema" else "raw"
-    log.line(run_sample(run, SampleRequest(prompt, out, seed, chosen, steps, guidance)))
+    log.line(run_sample(place, SampleRequest(prompt, out, seed, chosen, steps, guidance)))
 
 
 @app.command()
@@ -174,6 +195,14 @@ def observe(
     observation = run_observe(load_recipe(recipe, []), env, steps=steps)
     if observation is not None:
         observation.save(out)
+
+
+def parse_clip(size: str) -> ClipShape:
+    """FRAMESxHEIGHTxWIDTH. Raises ValueError for anything else."""
+    parts = size.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--size {size} must be FRAMESxHEIGHTxWIDTH, as in 81x480x832")
+    return ClipShape(*map(int, parts))
 
 
 def launch(recipe: Recipe, arguments: list[str]) -> None:

@@ -245,11 +245,12 @@ def check_recipe(recipe: Recipe) -> None:
         if not values:
             raise ValueError(f"data.{name} is empty: name at least one of them")
     channels, model = tokenizer_channels(recipe.tokenizer), recipe.model
-    if (model.in_channels, model.out_channels or model.in_channels) != (channels, channels):
+    with_image = 2 * channels + tokenizer_strides(recipe.tokenizer).time  # image to video, diffusion/first_frame.py
+    if model.out_channels != channels or model.in_channels not in (channels, with_image):
         raise ValueError(
             f"the tokenizer {recipe.tokenizer.name!r} has {channels} latent channels but the model takes "
             f"{model.in_channels} and gives {model.out_channels}: set model.in_channels={channels} "
-            f"model.out_channels={channels}"
+            f"model.out_channels={channels}, or model.in_channels={with_image} for image to video"
         )
     width = text_width(recipe.text)
     if width is not None and model.text_dim != width:
@@ -260,6 +261,17 @@ def check_recipe(recipe: Recipe) -> None:
     check_engine(recipe.zero, recipe.precision)
     check_patterns(model, recipe.lora, recipe.train.trainable)
     check_degrees(recipe)
+
+
+def check_trained(recipe: Recipe) -> None:
+    """Raises ValueError for a model that can be planned, stored and sampled, but not trained."""
+    model = recipe.model
+    if model.in_channels != model.out_channels or model.image_dim is not None:
+        raise ValueError(
+            f"model.in_channels={model.in_channels} model.image_dim={model.image_dim}: this model makes videos of an "
+            "image, and no batch carries one: it can be sampled but not trained; set "
+            f"model.in_channels={model.out_channels} model.image_dim=null to train text to video"
+        )
 
 
 def check_degrees(recipe: Recipe) -> None:

@@ -19,11 +19,13 @@ from torch import Tensor
 from framework.checkpoint.find import open_checkpoint
 from framework.checkpoint.read import CheckpointReader
 from framework.data.shards import LatentSample, open_shards
+from framework.diffusion.sampler import Experts
 from framework.diffusion.video_file import to_uint8, write_contact_sheet
 from framework.parallel.mesh import lone_mesh
 from framework.programs import build
 from framework.programs.generate import Generator
-from framework.programs.sample import LocalModel, load_model
+from framework.programs.local import LocalModel
+from framework.programs.sample import load_model
 from framework.run import recipe_of_run
 
 
@@ -46,7 +48,7 @@ def compare(run: Path, *, seeds: list[int], weights: Literal["ema", "raw"], out:
     generator = Generator(recipe, encoders, recipe.data.buckets[0].clip, device, lone_mesh())
     rows, results = [("the clip, as its tokenizer gives it back", clip)], {}
     for seed in seeds:
-        (video,) = generator(model, [sample.captions[0].text], seed=seed)
+        (video,) = generator(Experts.lone(model), [sample.captions[0].text], seed=seed)
         results[seed] = psnr(video, clip)
         rows.append((f"sample, seed {seed}: {results[seed]:.1f} dB", video))
     if out is not None:

@@ -84,13 +84,16 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Euler steps; guidance 1 needs no unconditional pass; shift None takes the training shift. fps of the file
-    written: None takes the first bucket's, else 24.
+    """Euler steps; guidance leads away from the prompt `negative`, and 1 needs no pass for it; shift None takes the
+    training shift. levels: before the shift, even falls in equal steps to 1 / steps and then to 0; diffusers is the
+    grid of its FlowMatchEulerDiscreteScheduler. fps of the file written: None takes the first bucket's, else 24.
     """
 
     steps: int = 30
     guidance: float = 1.0
+    negative: str = ""
     shift: float | None = None
+    levels: Literal["even", "diffusers"] = "even"
     fps: float | None = None
 
     def __post_init__(self) -> None:

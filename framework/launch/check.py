@@ -12,7 +12,7 @@ from framework.data.splits import resolve_degrees
 from framework.models.config import is_adapter
 from framework.parallel.config import MeshShape, resolve_mesh, split_shape
 from framework.plan.parameters import parameter_shapes
-from framework.recipe import Recipe, bucket_degrees, check_kernel
+from framework.recipe import Recipe, bucket_degrees, check_kernel, check_trained
 from framework.run import run_identity
 from framework.tokenizer.config import tokenizer_version
 
@@ -38,6 +38,7 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
 
     num_gpus: that each of its machines shows.
     """
+    check_trained(recipe)
     shape = resolve_mesh(recipe.mesh, num_ranks=num_ranks, num_gpus=num_gpus)
     recipe = resolve_degrees(recipe, shape)
     for index in range(len(recipe.data.buckets)):

@@ -44,7 +44,7 @@ from framework.parallel.config import resolve_mesh
 from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import Group, Mesh, background_group, build_mesh, world_group
 from framework.parallel.zero.engine import Engine
-from framework.recipe import Recipe, bucket_degrees, bucket_tokens, flatten, resolve_auto
+from framework.recipe import Recipe, bucket_degrees, bucket_tokens, check_trained, flatten, resolve_auto
 from framework.run import Run, RunFailure, latest_attempt, lock_run, make_identity, open_attempt, store_recipe
 from framework.storage.storage import Storage
 from framework.text.config import text_length, text_masked
@@ -55,19 +55,19 @@ from framework.tokenizer.tokenizer import Tokenizer, build_tokenizer
 
 class Encoders:
     """What turns pixels and captions into what the transformer reads; made when first asked for, as a run on latents
-    with stored texts needs neither.
+    with stored texts needs neither. device: of their weights.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    def __init__(self, recipe: Recipe, device: torch.device | str = "cpu") -> None:
+        self._recipe, self._device = recipe, device
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return build_tokenizer(self._recipe.tokenizer)
+        return build_tokenizer(self._recipe.tokenizer, self._device)
 
     @cached_property
     def text(self) -> TextEncoder:
-        return build_text_encoder(self._recipe.text)
+        return build_text_encoder(self._recipe.text, self._device)
 
 
 @dataclass(frozen=True)
@@ -310,6 +310,7 @@ def build_loader(
 
 def build_flow(recipe: Recipe) -> Flow:
     """The objective."""
+    check_trained(recipe)
     return Flow(
         recipe.flow,
         recipe.loss,

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from framework.batch import Condition, Noised, Predictor
+from framework.batch import Condition, Noised
+from framework.diffusion.first_frame import FirstFrame
 from framework.diffusion.flow import NUM_TRAIN_TIMESTEPS, keyed_noise
-from framework.diffusion.sampler import euler
+from framework.diffusion.sampler import Experts, euler
 from framework.diffusion.timesteps import num_tokens, shift_value
 from framework.diffusion.video_file import to_uint8
 from framework.keys import key
@@ -17,7 +18,7 @@ from framework.parallel.context_parallel.tokens import join_tokens, split_tokens
 from framework.parallel.mesh import Mesh
 from framework.programs.build import Encoders
 from framework.recipe import Recipe
-from framework.shapes import ClipShape, latent_shape
+from framework.shapes import ClipShape, LatentShape, latent_shape
 
 
 @dataclass(frozen=True)
@@ -35,31 +36,61 @@ class Generator:
         """Frames a second of the result: the sampler's, else the first bucket's, else 24."""
         return self.recipe.sampler.fps or self.recipe.data.buckets[0].fps or 24.0
 
+    def __call__(
+        self, models: Experts, prompts: Sequence[str], *, seed: int, first: FirstFrame | None = None
+    ) -> Tensor:
+        """One video a prompt: `B T H W C` uint8 on the CPU. first: of all of them."""
+        return to_uint8(self.encoders.tokenizer.decode(self.latents(models, prompts, seed=seed, first=first).cpu()))
+
     @torch.no_grad()
-    def __call__(self, predict: Predictor, prompts: Sequence[str], *, seed: int) -> Tensor:
-        """One video a prompt: `B T H W C` uint8 on the CPU. The noise is keyed by (seed, prompt)."""
-        tokenizer, model = self.encoders.tokenizer, self.recipe.model
-        latent = latent_shape(self.clip, tokenizer.strides)
-        shape = (tokenizer.channels, latent.frames, latent.height, latent.width)
-        noise = torch.stack([keyed_noise(key(seed, "sample", uid=prompt), shape) for prompt in prompts])
+    def latents(self, models: Experts, prompts: Sequence[str], *, seed: int, first: FirstFrame | None = None) -> Tensor:
+        """Normalised latents `B c t h w`. The noise is keyed by (seed, prompt). Raises ValueError for a first frame
+        that doesn't suit the model.
+        """
+        self.check_first(first)
+        model, latent, config = self.recipe.model, self._latent, self.recipe.sampler
 
         def velocity(condition: Condition, latents: Tensor, sigma: float) -> Tensor:
             timesteps = torch.full((len(prompts), 1), sigma * NUM_TRAIN_TIMESTEPS, device=self.device)
             ones = torch.ones(len(prompts), device=self.device)
-            tokens = split_tokens(patchify(Noised(latents, latents, timesteps, ones), model.patch_size), self.mesh)
-            prediction = join_tokens(predict(tokens, condition), tokens.layout)
+            inputs = latents if first is None else first.beside(latents)
+            tokens = split_tokens(patchify(Noised(inputs, latents, timesteps, ones), model.patch_size), self.mesh)
+            prediction = join_tokens(models.at(sigma)(tokens, condition), tokens.layout)
             return unpatchify_output(prediction, latent, model.patch_size).to(latents.dtype)
 
-        given, empty = self._condition(prompts), self._condition([""] * len(prompts))
-        latents = euler(
-            noise.to(self.device),
+        given = self._condition(prompts, first)
+        against = self._condition([config.negative] * len(prompts), first)
+        return euler(
+            self.noise(prompts, seed=seed).to(self.device),
             lambda x, sigma: velocity(given, x, sigma),
-            lambda x, sigma: velocity(empty, x, sigma),
-            self.recipe.sampler,
+            lambda x, sigma: velocity(against, x, sigma),
+            config,
             k=shift_value(self.recipe.flow.shift, num_tokens(latent, model.patch_size)),
+            guidance=lambda sigma: models.guidance(sigma, config),
         )
-        return to_uint8(tokenizer.decode(latents.cpu()))
 
-    def _condition(self, prompts: Sequence[str]) -> Condition:
+    def noise(self, prompts: Sequence[str], *, seed: int) -> Tensor:
+        """What sampling starts from, `B c t h w` on the CPU."""
+        shape = (self.encoders.tokenizer.channels, self._latent.frames, self._latent.height, self._latent.width)
+        return torch.stack([keyed_noise(key(seed, "sample", uid=prompt), shape) for prompt in prompts])
+
+    @property
+    def _latent(self) -> LatentShape:
+        return latent_shape(self.clip, self.encoders.tokenizer.strides)
+
+    def check_first(self, first: FirstFrame | None) -> None:
+        """Raises ValueError for a first frame that the model can't read, or lacks."""
+        model, channels = self.recipe.model, self.encoders.tokenizer.channels
+        given = channels if first is None else channels + len(first.channels)
+        tokens = first is not None and first.tokens is not None
+        if (given, tokens) != (model.in_channels, model.image_dim is not None):
+            raise ValueError(
+                f"the model reads {model.in_channels} channels with{'out' if model.image_dim is None else ''} image "
+                f"tokens, and there are {given} with{'' if tokens else 'out'} them: "
+                + ("it makes videos of an image, give one" if first is None else "this model takes no such image")
+            )
+
+    def _condition(self, prompts: Sequence[str], first: FirstFrame | None) -> Condition:
         text, mask = self.encoders.text.encode(prompts)
-        return Condition(text.to(self.device), None if mask is None else mask.to(self.device))
+        image = None if first is None else first.tokens_of(len(prompts), self.device)
+        return Condition(text.to(self.device), None if mask is None else mask.to(self.device), image)

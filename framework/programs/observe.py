@@ -4,6 +4,7 @@ from framework.data.buckets import check_held_out
 from framework.data.config import StreamConfig
 from framework.data.device import Mover
 from framework.diffusion.flow import Flow
+from framework.diffusion.sampler import Experts
 from framework.diffusion.video_file import write_contact_sheet, write_mp4
 from framework.ema import Ema
 from framework.evaluate.validation import Validation
@@ -69,7 +70,7 @@ class Observer:
         for first in range(0, len(config.prompts), mesh.dp.size):
             number = first + mesh.dp.index
             prompt = config.prompts[min(number, len(config.prompts) - 1)]
-            (video,) = self._generator(self._engine, [prompt], seed=config.seed)
+            (video,) = self._generator(Experts.lone(self._engine), [prompt], seed=config.seed)
             if number < len(config.prompts) and mesh.replica.index == 0:
                 stem = self._run.samples / f"step-{step:08}-{number:02}"
                 write_mp4(stem.with_suffix(".mp4"), video, self._generator.fps)

@@ -1,4 +1,4 @@
-"""`cuboid sample`: a video from a run's newest checkpoint, in one process."""
+"""`cuboid sample`: a video from a run's newest checkpoint or a diffusers pipeline, in one process."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,21 +7,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from framework.batch import Condition, Tokens
 from framework.checkpoint.find import open_checkpoint
 from framework.checkpoint.read import CheckpointReader
+from framework.diffusion.config import SamplerConfig
+from framework.diffusion.sampler import Experts
 from framework.diffusion.video_file import write_contact_sheet, write_mp4
-from framework.kernels.attention import build_attention
-from framework.kernels.config import AttentionConfig
 from framework.models.adapters import add_adapters
 from framework.models.dit import DiT
 from framework.parallel.fragments import Fragment, ParameterShard
 from framework.parallel.mesh import lone_mesh
-from framework.parallel.zero.engine import predict
 from framework.programs import build
 from framework.programs.generate import Generator
-from framework.recipe import Recipe, resolve_auto
+from framework.programs.local import LocalModel, empty_model
+from framework.programs.pipeline import Pipeline, build_generator, first_frame, load_experts
+from framework.recipe import Recipe
 from framework.run import recipe_of_run
+from framework.shapes import ClipShape
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,6 @@ class SampleRequest:
     weights: Literal["ema", "raw"]
     steps: int | None
     guidance: float | None
-
-
-class LocalModel:
-    """The transformer with whole weights on one device."""
-
-    def __init__(self, model: DiT) -> None:
-        self._model = model
-        self._dtype = next(model.parameters()).dtype
-
-    def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
-        return predict(self._model, tokens, condition, self._dtype)
 
 
 def sample(path: Path, request: SampleRequest) -> str:
@@ -61,14 +51,47 @@ def sample(path: Path, request: SampleRequest) -> str:
     )
     device = build.this_device()
     model = load_model(recipe, reader, weights=request.weights, device=device)
-    generator = Generator(recipe, build.Encoders(recipe), recipe.data.buckets[0].clip, device, lone_mesh())
-    (video,) = generator(LocalModel(model), [request.prompt], seed=request.seed)
-    request.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet = request.out.with_suffix(".png")
-    write_mp4(request.out, video, generator.fps)
-    write_contact_sheet(sheet, [(request.prompt or "(no prompt)", video)])
+    encoders = build.Encoders(recipe, device)
+    generator = Generator(recipe, encoders, recipe.data.buckets[0].clip, device, lone_mesh())
+    (video,) = generator(Experts.lone(LocalModel(model)), [request.prompt], seed=request.seed)
     step = reader.found.manifest.progress.step
-    return f"{request.out} and {sheet}: {generator.clip} from step {step}, {request.weights} weights"
+    written = write(request.out, request.prompt, video, generator.fps)
+    return f"{written}: {generator.clip} from step {step}, {request.weights} weights"
+
+
+@dataclass(frozen=True)
+class PipelineRequest:
+    """What to sample from a diffusers pipeline. image: the first frame, for a model that takes one. low_guidance: of
+    the second of two experts, None takes `guidance`.
+    """
+
+    prompt: str
+    out: Path
+    seed: int
+    clip: ClipShape
+    sampler: SamplerConfig
+    low_guidance: float | None
+    image: Path | None
+
+
+def sample_pipeline(pipeline: Pipeline, request: PipelineRequest) -> str:
+    """Like `sample`, of a diffusers pipeline's directory."""
+    generator = build_generator(pipeline, request.clip, request.sampler)
+    first = None if request.image is None else first_frame(pipeline, generator, request.image)
+    generator.check_first(first)  # before 14B parameters are read
+    experts = load_experts(pipeline, generator.recipe, generator.device, low_guidance=request.low_guidance)
+    (video,) = generator(experts, [request.prompt], seed=request.seed, first=first)
+    written = write(request.out, request.prompt, video, generator.fps)
+    return f"{written}: {generator.clip} from {pipeline.path}{pipeline.note}"
+
+
+def write(out: Path, prompt: str, video_thwc: Tensor, fps: float) -> str:
+    """Write an mp4 and a contact sheet; their names."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet = out.with_suffix(".png")
+    write_mp4(out, video_thwc, fps)
+    write_contact_sheet(sheet, [(prompt or "(no prompt)", video_thwc)])
+    return f"{out} and {sheet}"
 
 
 @torch.no_grad()
@@ -76,10 +99,7 @@ def load_model(
     recipe: Recipe, reader: CheckpointReader, *, weights: Literal["ema", "raw"], device: torch.device
 ) -> DiT:
     """The transformer in the recipe's precision. Reads one tensor's fp32 values at a time into their place."""
-    # Not the run's kernel, which may need a GPU or a package that isn't here, but what this machine has.
-    here = resolve_auto(replace(recipe, attention=AttentionConfig()))
-    with torch.device("meta"):
-        model = DiT(recipe.model, build_attention(here.attention))
+    model = empty_model(recipe)
     add_adapters(model, recipe.lora)
     model.to_empty(device="cpu")
     fragments = []

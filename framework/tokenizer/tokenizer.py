@@ -10,10 +10,11 @@ Shapes: b clips, c channels (3 for pixels), t h w frames, rows and columns; pixe
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from framework.shapes import Strides
-from framework.tokenizer.config import DctConfig, TokenizerConfig
+from framework.tokenizer.config import DctConfig, TokenizerConfig, WanConfig
 from framework.tokenizer.dct import DctTokenizer
 
 
@@ -34,8 +35,9 @@ class Tokenizer(Protocol):
         """Pixels in [-1, 1] to normalised latents `b c t h w`, on the device of the pixels, in float32 or wider.
 
         first: whether this piece starts with the clip's first frame. A causal tokenizer takes a long clip piece by
-        piece: 1 + st k frames first, then st k frames with first=False, and gives bitwise what the whole gives.
-        Raises ValueError with the nearest shapes that work, when the strides don't divide the clip.
+        piece: 1 + st k frames first, then st k frames with first=False, and gives bitwise what the whole gives; or it
+        raises ValueError at first=False. Raises ValueError with the nearest shapes that work, when the strides don't
+        divide the clip.
         """
         ...
 
@@ -44,8 +46,15 @@ class Tokenizer(Protocol):
         ...
 
 
-def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that the recipe names."""
+def build_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu") -> Tokenizer:
+    """The tokenizer that the recipe names. device: where one with weights keeps them and computes.
+
+    Raises ValueError, with what to do, where weights or packages are missing. Never reads anything from a network.
+    """
     match config.name:
         case "dct":
             return DctTokenizer(config.dct or DctConfig())
+        case "wan":
+            from framework.tokenizer.wan import WanTokenizer
+
+            return WanTokenizer(config.wan or WanConfig(), device)

@@ -11,6 +11,7 @@ from framework.recipe import (
     Recipe,
     apply_overrides,
     build_recipe,
+    check_trained,
     flatten,
     load_recipe,
     read_recipe_layers,
@@ -316,3 +317,14 @@ def test_adapters_default_to_attention() -> None:
     assert [name for name in ("to_q", "to_k", "to_v", "to_out.0") if recipe.lora.adapts(f"blocks.1.attn2.{name}")] != []
     assert not recipe.lora.adapts("blocks.0.ffn.net.2") and not load().lora.adapts("blocks.0.attn1.to_q")
     assert load("lora.rank=4", "train.trainable=['*.lora_A.*', '*norm*']").train.trainable
+
+
+def test_image_to_video_can_be_described_but_not_trained() -> None:
+    """8 latent channels, a mask of 4 (the stride in time) and a condition of 8."""
+    check_trained(load())
+    recipe = load("model.in_channels=20")
+    with pytest.raises(ValueError, match=r"can be sampled but not trained; set model\.in_channels=8"):
+        check_trained(recipe)
+    with pytest.raises(ValueError, match="can be sampled but not trained"):
+        check_trained(load("model.image_dim=16", "model.added_kv_proj_dim=24"))
+    assert "or model.in_channels=20 for image to video" in refused("model.in_channels=19")

@@ -12,7 +12,7 @@ from syntax import MODULES, REPOSITORY, ROOT, TREES, chain, functions, imported
 
 # A module imports only from rows above its own; entries of a row don't import each other. The longest match counts.
 ROWS: Final = (
-    ("shapes", "keys"),  # nouns of integers, which configs name in their signatures
+    ("shapes", "keys", "fingerprint"),  # nouns of integers, which configs name in their signatures; hashes of files
     ("*.config", "layers", "environment", "storage", "log"),
     ("plan.parameters",),  # which a recipe's patterns name
     ("recipe", "parallel.mesh", "parallel.fragments", "kernels"),
@@ -24,6 +24,7 @@ ROWS: Final = (
         "plan",
         "tokenizer",
         "text",
+        "image",
         "optim",
         "ema",
     ),  # a run stores a recipe

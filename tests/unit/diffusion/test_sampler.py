@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from framework.diffusion.config import SamplerConfig
-from framework.diffusion.sampler import euler, sigmas
+from framework.diffusion.sampler import Experts, euler, sigmas
 
 NOISE = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
 CLEAN = torch.tensor([[0.3, 0.7, -4.0]], dtype=torch.float64)
@@ -77,3 +77,27 @@ def test_nothing_is_kept_for_a_gradient() -> None:
     noise = NOISE.clone().requires_grad_()
     found = euler(noise, lambda x, s: x, never, SamplerConfig(steps=2), k=1.0)
     assert not found.requires_grad and torch.equal(noise.detach(), NOISE)
+
+
+@pytest.mark.parametrize("k", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 30])
+def test_levels_of_diffusers_are_its_schedulers(num_steps: int, k: float) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=k)
+    scheduler.set_timesteps(num_steps)
+    assert sigmas(num_steps, k, "diffusers") == pytest.approx(scheduler.sigmas.tolist(), abs=2e-7)
+
+
+def test_experts_share_out_the_levels() -> None:
+    """Levels 1, 0.75, 0.5 and 0.25 and the boundary 0.5, which is the high expert's."""
+    high, low = (lambda *_: NOISE), (lambda *_: CLEAN)
+    experts, config = Experts(high, low, 0.5, low_guidance=2.0), SamplerConfig(guidance=4.0)
+    levels = sigmas(4, 1.0)[:-1]
+    assert [experts.at(sigma) is high for sigma in levels] == [True, True, True, False]
+    assert [experts.guidance(sigma, config) for sigma in levels] == [4.0, 4.0, 4.0, 2.0]
+    alone = Experts.lone(low)
+    assert all(alone.at(sigma) is low and alone.guidance(sigma, config) == 4.0 for sigma in [*levels, 0.0])
+    seen: list[float] = []
+    euler(NOISE, lambda x, s: x, lambda x, s: x, config, k=1.0, guidance=lambda s: seen.append(s) or 1.0)
+    assert len(seen) == config.steps

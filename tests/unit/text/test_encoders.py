@@ -13,8 +13,10 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel, UMT5Config, UM
 
 from framework.text import minilm
 from framework.text.bytes import byte_codes
+from framework.text.clean import clean_caption
 from framework.text.config import BytesConfig, HfConfig, MinilmConfig, TextConfig, text_width
 from framework.text.encoder import TextEncoder, build_text_encoder
+from framework.text.padding import pad_texts
 
 CAPTIONS = ["a rabbit wakes up", "", "größer"]
 
@@ -172,6 +174,58 @@ def test_hf_says_what_is_missing(tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "bert"}))
     with pytest.raises(ValueError, match="neither 't5' nor 'umt5'"):
         build_hf(tmp_path)
+
+
+# Entities (once and twice escaped), white space of all kinds, broken unicode, a ligature, fullwidth letters.
+DIRTY = ["  a  rabbit\n\twakes \u00a0up ", "salt &amp;amp; &lt;pepper&gt;", "grÃ¶ÃŸer \ufb01ne Ａ", "", "x" * 600]
+
+
+def test_hf_is_what_wans_pipeline_gives(tmp_path: Path) -> None:
+    """512 tokens, the padding as unmasked zeros, the cleaning of prompts: `encode_prompt` of diffusers."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    model = save_tiny(tmp_path, umt5=True, nested=True)
+    pipeline = WanPipeline(ByT5Tokenizer(), model, vae=None, scheduler=FlowMatchEulerDiscreteScheduler())
+    with torch.no_grad():
+        expected, empty = pipeline.encode_prompt(DIRTY, max_sequence_length=512)
+    encoder = build_text_encoder(TextConfig(name="hf", hf=HfConfig(str(tmp_path))))
+    embeddings, mask = encoder.encode(DIRTY)
+    assert mask is None and embeddings.shape == expected.shape == (5, 512, 32)
+    torch.testing.assert_close(embeddings, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(encoder.encode([""])[0], empty[:1], atol=1e-6, rtol=1e-6)
+    as_given = build_text_encoder(TextConfig(name="hf", hf=HfConfig(str(tmp_path), clean=False)))
+    assert as_given.version != encoder.version
+    assert not torch.equal(as_given.encode(DIRTY[:1])[0], embeddings[:1])
+
+
+def test_cleaning_is_that_of_diffusers() -> None:
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    assert [clean_caption(text) for text in DIRTY] == [prompt_clean(text) for text in DIRTY]
+    assert clean_caption(DIRTY[0]) == "a rabbit wakes up" and clean_caption(DIRTY[1]) == "salt & <pepper>"
+
+
+@pytest.mark.parametrize("name", ["bytes", "minilm", "hf", "hf_masked"])
+def test_unpadded_embeddings_are_padded_to_what_encode_gives(name: str, tmp_path: Path) -> None:
+    if name.startswith("hf"):
+        save_tiny(tmp_path, umt5=True, nested=True)
+        encoder = build_hf(tmp_path, mask=name == "hf_masked")
+    else:
+        encoder = build_text_encoder(TextConfig(name="bytes" if name == "bytes" else "minilm"))
+    texts = encoder.embed(CAPTIONS)
+    assert len({len(text) for text in texts}) > 1 and all(text.shape[1] == encoder.width for text in texts)
+    embeddings, mask = encoder.encode(CAPTIONS)
+    padded, padded_mask = pad_texts(texts, encoder.max_length, masked=encoder.masked)
+    assert torch.equal(padded, embeddings) and padded.dtype == torch.float32
+    if mask is None:
+        assert padded_mask is None and not encoder.masked
+    else:
+        assert padded_mask is not None and torch.equal(padded_mask, mask) and padded_mask.dtype == torch.bool
+        assert [len(text) for text in texts] == mask.sum(1).tolist()
+    with pytest.raises(ValueError, match="can't be padded to 2"):
+        pad_texts(texts, 2, masked=True)
+    with pytest.raises(ValueError, match="each needs 1 to 9"):
+        pad_texts([texts[0][:0]], 9, masked=True)
 
 
 def test_configs_import_no_torch() -> None:
