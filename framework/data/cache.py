@@ -17,6 +17,7 @@ import errno
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import sys
 import threading
@@ -283,7 +284,10 @@ class ShardCache:
         size = place.file.num_bytes
         done, (hasher, expected) = 0, hasher_of(place.file)
         while True:
-            begin, before = time.monotonic(), done
+            begin, before = (
+                math.inf,
+                done,
+            )  # the clock runs from the first byte: until then the client's time-out counts
             try:
                 for piece in place.shards.store.stream(place.file.name, done, size - done):
                     if self._closed.is_set():
@@ -291,6 +295,7 @@ class ShardCache:
                     write_at(descriptor, piece, done)
                     hasher.update(piece)
                     done += len(piece)
+                    begin = min(begin, time.monotonic())
                     if (seconds := time.monotonic() - begin) > min(STALL, max(0.5, self._patience / 8)):
                         if (done - before) < LEAST_RATE * seconds and done < size:
                             raise PassingError(f"only {done - before} bytes came in {seconds:.0f} s")

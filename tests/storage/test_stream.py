@@ -156,7 +156,7 @@ def test_what_cuboid_writes_is_read(object_store: ObjectStore, tiny_shards: Path
 def rank(folder: Path, url: str, files: float, ranks: int, number: int, results: Any) -> None:
     """A process of the next test."""
     os.setpgid(0, 0)
-    store = open_store(folder, url, files=files, ranks=ranks, patience=20)
+    store = open_store(folder, url, files=files, ranks=ranks, patience=60)
     results.put(check(store, 4 * SHARDS, start=2 * number))
     store.close()
 

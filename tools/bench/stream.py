@@ -51,7 +51,7 @@ SHAPE = (16, 5, 60, 64)  # of a latent, float16: 0.6 MB
 PEERS = ("webdataset", "litdata")
 SUPPLY = 1.2
 WARMUP = 5  # steps
-BATCH = 4
+BATCH = 16
 
 
 @dataclass(frozen=True)
