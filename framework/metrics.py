@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class StepRecord:
     """A finished step, counted from 1. loss_sum: summed over the ranks once `work` is done; the loss is loss_sum /
-    count.
+    count. lost: samples that couldn't be had since the attempt began.
     """
 
     step: int
@@ -37,6 +37,7 @@ class StepRecord:
     skipped: bool
     traffic: dict[str, int]
     uids: tuple[str, ...] = ()
+    lost: int = 0
 
     def read(self) -> dict[str, object]:
         """The line, waiting for the loss."""
@@ -52,6 +53,8 @@ class StepRecord:
             "data_wait": round(self.data_wait, 6),
             "traffic": self.traffic,
         }
+        if self.lost:
+            line["lost_samples"] = self.lost
         if self.skipped:
             line |= {"skipped": True, "uids": list(self.uids)}
         return line

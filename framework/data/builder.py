@@ -84,7 +84,7 @@ class Begun:
 
 
 class BatchBuilder:
-    """Samples and batches, on the CPU. text: the shape of every caption. pool: decodes videos."""
+    """Samples and batches, on the CPU. text: the shape of captions. device: of the encoders. pool: decodes videos."""
 
     def __init__(
         self,
@@ -96,12 +96,13 @@ class BatchBuilder:
         text: TextShape,
         dropout: float,
         seed: int,
+        device: torch.device,
         pool: DecodePool,
     ) -> None:
         self._streams, self._buckets = streams, buckets
         self._encoders, self._form = encoders, form
         self.text = text
-        self._dropout, self._seed, self._pool = dropout, seed, pool
+        self._dropout, self._seed, self._device, self._pool = dropout, seed, device, pool
 
     @property
     def channels(self) -> int:
@@ -201,7 +202,7 @@ class BatchBuilder:
         if begun.latents is not None:
             return begun.latents
         assert begun.frames is not None
-        return encode_frames(torch.from_numpy(begun.frames.result()), self._encoders.tokenizer).cpu()
+        return encode_frames(torch.from_numpy(begun.frames.result()).to(self._device), self._encoders.tokenizer).cpu()
 
     def _embed(self, begun: Sequence[Begun | None]) -> tuple[Tensor, Tensor | None]:
         """Stored texts as they are; the captions of the others, if there are any, are embedded."""

@@ -14,6 +14,7 @@ from framework.parallel.config import MeshShape, resolve_mesh, split_shape
 from framework.plan.parameters import parameter_shapes
 from framework.recipe import Recipe, bucket_degrees, check_kernel, check_trained
 from framework.run import run_identity
+from framework.storage.storage import open_source
 from framework.tokenizer.config import tokenizer_version
 
 # Without GPUs ranks are for trying things out; beyond this they only starve each other.
@@ -47,6 +48,9 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     check_table(recipe)
     check_kernel(recipe, num_gpus=num_gpus)
     version = tokenizer_version(recipe.tokenizer)
+    for stream in recipe.data.streams:
+        if num_ranks is None and "://" in stream.path:  # once, and with little patience; ranks have more of it
+            open_source(stream.path).check_readable()
     streams = open_streams(recipe.data.streams, tokenizer_version=version)
     bucket_views(streams, recipe.data.buckets)
     if recipe.validation.every:

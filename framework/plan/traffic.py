@@ -91,7 +91,7 @@ def own_ledger(recipe: Recipe, shape: MeshShape, rank: int, micros: Sequence[Mic
                 account.add("tp", "replicated", 2 * share(size, degrees.tp), 1)
         add_context_parallel(account, recipe, degrees, rank, micro, reach)
     account.add("world", "loss", 2 * share(precise(recipe), shape.world_size), 1)
-    account.add("control", "stop", 2 * share(16, shape.world_size), 1)
+    account.add("control", "stop", 2 * share(24, shape.world_size), 1)
     if recipe.zero.engine == "fsdp2":
         account.add("tp", "grad_norm", 2 * share(8, shape.tp), 1)
     return account.ledger()

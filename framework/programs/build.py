@@ -59,15 +59,15 @@ class Encoders:
     """
 
     def __init__(self, recipe: Recipe, device: torch.device | str = "cpu") -> None:
-        self._recipe, self._device = recipe, device
+        self._recipe, self.device = recipe, torch.device(device)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return build_tokenizer(self._recipe.tokenizer, self._device)
+        return build_tokenizer(self._recipe.tokenizer, self.device)
 
     @cached_property
     def text(self) -> TextEncoder:
-        return build_text_encoder(self._recipe.text, self._device)
+        return build_text_encoder(self._recipe.text, self.device)
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,7 @@ def build_builder(recipe: Recipe, streams: list[Stream], encoders: Encoders, *, 
         text=TextShape(text_length(recipe.text), recipe.model.text_dim, text_masked(recipe.text)),
         dropout=dropout,
         seed=recipe.seed,
+        device=encoders.device,
         pool=DecodePool(recipe.data.workers),
     )
 

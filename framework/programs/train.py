@@ -112,7 +112,7 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     build.begin(fence, progress.step, mesh.control)
     subject = build_subject(recipe, mesh, shards, run, resumed)
     saver = Saver(storage, recipe.checkpoint, mesh, fence=fence, subject=subject, fragments=fragments)
-    encoders = build.Encoders(recipe)
+    encoders = build.Encoders(recipe, build.this_device())
     parts = build_parts(recipe, mesh, engine, ema=ema, encoders=encoders, start=progress.step)
     build.describe_data(recipe, parts.streams, mesh, run)
     observer = Observer(recipe, mesh, run, flow=build.build_flow(recipe), engine=engine, ema=ema, encoders=encoders)
@@ -154,8 +154,9 @@ def loop(
     stopped: int | None = None
     gc.disable()
     while progress.step < last and stopped is None:
-        # Whether anybody was asked to stop, or can't save, is agreed on while the step runs, so before the next one.
-        asked = torch.tensor([stop.signal or 0, saver.failed])
+        # Whether anybody was asked to stop, or can't save, is agreed on while the step runs, so before the next one;
+        # with it, how many samples of the steps before couldn't be had.
+        asked = torch.tensor([stop.signal or 0, saver.failed, parts.loader.lost])
         agreement = all_reduce_sum(asked, parts.mesh.control, "stop")
         begin, waited = time.perf_counter(), parts.loader.waited
         work = parts.loader.next_work()
@@ -163,8 +164,10 @@ def loop(
         loss_sum, stats, suspects = optimizer_step(parts, work)
         progress = advance(progress, work, parts.num_tokens, stats)
         reduction = all_reduce_sum(loss_sum, parts.mesh.world, "loss")
+        agreement.wait()
+        signalled, failed, lost = asked.tolist()
         if pending is not None:
-            publish(metrics, report, pending)
+            publish(metrics, report, replace(pending, lost=lost))
         pending = StepRecord(
             step=progress.step,
             loss_sum=loss_sum,
@@ -180,8 +183,6 @@ def loop(
             traffic=traffic(parts.mesh),
             uids=suspects,
         )
-        agreement.wait()
-        signalled, failed = asked.tolist()
         for text in saver.report():
             report.say(text)
         if failed:
