@@ -33,6 +33,7 @@ from framework.tokenizer.config import DctConfig, TokenizerConfig, tokenizer_str
 
 TOKENIZER = TokenizerConfig("dct", DctConfig(8))
 SHORT, LONG, VIDEO = ClipShape(5, 16, 16), ClipShape(9, 16, 32), ClipShape(5, 32, 32)
+SHAPES = ((SHORT, 3.0), (LONG, 2.0), (VIDEO, 1.0))
 SHARD_BYTES = 4096
 
 # One sample of a step: its place among the step's, its draw, and the hash of its latents.
@@ -51,22 +52,32 @@ class Plan:
 
 def make_data(folder: Path, *, num_latents: int = 90, num_videos: int = 7) -> dict[str, Path]:
     """Shards by name of their stream."""
-    for name, clip, seed in (("short", SHORT, 0), ("long", LONG, 1)):
-        rng, shape = np.random.default_rng(seed), latent_shape(clip, tokenizer_strides(TOKENIZER))
-        size = (8, shape.frames, shape.height, shape.width)
-        samples = []
-        for number in range(num_latents):
-            info = SampleInfo(f"{name}{number}@0", clip.frames, clip.height, clip.width, 24.0)
-            samples.append(LatentSample(info, rng.standard_normal(size).astype(np.float32), (Caption(f"{number}"),)))
-        write(folder / name, LATENT_SCHEMA, samples)
+    for name, clip in (("short", SHORT), ("long", LONG)):
+        write(folder / name, LATENT_SCHEMA, make_latents(name, clip, num_latents))
+    write(folder / "videos", VIDEO_SCHEMA, make_videos(folder, num_videos))
+    return {name: folder / name for name in ("short", "long", "videos")}
+
+
+def make_latents(name: str, clip: ClipShape, num: int) -> list[LatentSample]:
+    """Random latents of one shape."""
+    rng, shape = np.random.default_rng(len(name)), latent_shape(clip, tokenizer_strides(TOKENIZER))
+    size = (8, shape.frames, shape.height, shape.width)
+    samples = []
+    for number in range(num):
+        info = SampleInfo(f"{name}{number}@0", clip.frames, clip.height, clip.width, 24.0)
+        samples.append(LatentSample(info, rng.standard_normal(size).astype(np.float32), (Caption(f"{number}"),)))
+    return samples
+
+
+def make_videos(folder: Path, num: int) -> list[VideoSample]:
+    """Short videos of noise."""
     videos: list[VideoSample] = []
-    for number in range(num_videos):
+    for number in range(num):
         frames = torch.randint(0, 255, (9 + number, 40, 40, 3), dtype=torch.uint8)
         write_mp4(folder / "video.mp4", frames, 8.0)
         info = SampleInfo(f"video{number}", 9 + number, 40, 40, 8.0)
         videos.append(VideoSample(info, (folder / "video.mp4").read_bytes(), (Caption(f"video {number}"),)))
-    write(folder / "videos", VIDEO_SCHEMA, videos)
-    return {name: folder / name for name in ("short", "long", "videos")}
+    return videos
 
 
 def write(out: Path, schema: Schema, samples: Sequence[LatentSample | VideoSample]) -> None:
@@ -80,11 +91,10 @@ def write(out: Path, schema: Schema, samples: Sequence[LatentSample | VideoSampl
         writer.finish()
 
 
-def write_recipe(path: Path, streams: Sequence[str]) -> Path:
-    """A recipe on these streams, latents and videos."""
+def write_recipe(path: Path, streams: Sequence[str], shapes: Sequence[tuple[ClipShape, float]] = SHAPES) -> Path:
+    """A recipe on these streams. shapes: of its buckets, with their weights."""
     buckets = [
-        {"frames": clip.frames, "height": clip.height, "width": clip.width, "weight": weight}
-        for clip, weight in ((SHORT, 3.0), (LONG, 2.0), (VIDEO, 1.0))
+        {"frames": clip.frames, "height": clip.height, "width": clip.width, "weight": weight} for clip, weight in shapes
     ]
     model = {"in_channels": 8, "out_channels": 8, "num_layers": 1, "num_attention_heads": 4, "attention_head_dim": 12}
     tree = {

@@ -167,6 +167,20 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         open_shards(tmp_path / "d")
 
 
+def test_columns_that_run_code_are_refused(tmp_path: Path) -> None:
+    """MDS has a column type "pkl", whose decoding would run what a bucket says."""
+    write(tmp_path / "d", range(3))
+    index = json.loads((tmp_path / "d" / "index.json").read_text())
+    shard = index["shards"][0]
+    shard["column_encodings"][shard["column_names"].index("captions")] = "pkl"
+    (tmp_path / "d" / "index.json").write_text(json.dumps(index))
+    manifest = json.loads((tmp_path / "d" / "cuboid.json").read_text())
+    manifest["files"]["index.json"] = (tmp_path / "d" / "index.json").stat().st_size
+    (tmp_path / "d" / "cuboid.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"shard.00000.mds has the columns .*'captions': 'pkl'.*nothing else is read"):
+        open_shards(tmp_path / "d")
+
+
 def test_more_inputs_add_parts_and_keep_the_others(tmp_path: Path) -> None:
     write(tmp_path / "d", range(6))
     before = tree(tmp_path / "d")
