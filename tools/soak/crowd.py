@@ -126,8 +126,8 @@ def crowd(
     left = set(Path("/dev/shm").iterdir()) - shared
     left |= {path for path in set(Path(tempfile.gettempdir()).iterdir()) - temporary if path != folder}
     told = (
-        f"{ranks} ranks, {len(shapes)} buckets, {done} samples in {seconds:.0f} s: at most {look.most_workers} decoding "
-        f"processes a rank of {workers}; memory of all {look.memory[-1] / 1e9:.2f} GB, {look.growth():.3f} times the "
+        f"{ranks} ranks, {len(shapes)} buckets, {done} samples in {seconds:.0f} s: {look.most_workers} decoding "
+        f"processes a rank at most; memory of all {look.memory[-1] / 1e9:.2f} GB, {look.growth():.3f} times the "
         f"second quarter's; cache at most {look.most_cached} bytes of {CACHE_BYTES}; left behind: {sorted(left)}"
     )
     largest = 2 * reading.SHARD_BYTES + max(size_of(path) for path in folder.rglob("*.mds"))
