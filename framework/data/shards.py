@@ -2,8 +2,10 @@
 
     DIR/cuboid.json       schema, tokenizer, number of samples; written last: a directory with it is complete
     DIR/index.json        MDS's own index of all shards, so that plain `streaming` reads the directory too
+    DIR/empty_text.npy    where texts are stored: the empty caption's embedding
     DIR/samples.parquet   one row a sample, in the order of the index (index.py): what there is, without a shard
     DIR/part-00000/       a small complete MDS directory: index.json, shard.*.mds, and part.json: the inputs it covers
+    DIR/share-0000-of-0002/   a directory like DIR, that one of several jobs wrote: DIR's index names its shards too
 
 Opening a directory looks at names and sizes only and imports neither torch nor streaming, because the launcher does it
 before a job waits in a queue. Writing is in shard_writer.py. Shapes: `c t h w` latents: channels, latent frames, rows,
@@ -17,6 +19,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +36,7 @@ Schema = Literal["cuboid.video/1", "cuboid.latent/2"]
 VIDEO_SCHEMA: Schema = "cuboid.video/1"
 LATENT_SCHEMA: Schema = "cuboid.latent/2"
 MARKER = "cuboid.json"
+EMPTY_TEXT = "empty_text.npy"
 
 # MDS keeps the offsets within a shard in 32 bits; what is left out is the shard's header and the other columns.
 MAX_SAMPLE_BYTES = 2**32 - 2**24
@@ -112,6 +116,7 @@ class ShardDirectory:
         self.schema: Schema = manifest["schema"]
         self.tokenizer_version: str | None = manifest["tokenizer"]
         self.text_version: str | None = manifest.get("text")
+        self._has_empty_text = EMPTY_TEXT in manifest["files"]
         self.files = [_shard_file(shard) for shard in shards]
         self._ends = list(accumulate(file.num_samples for file in self.files))
         self._first = shards[0]
@@ -139,6 +144,16 @@ class ShardDirectory:
                 f"{name} lists {len(index)} samples, the shards hold {len(self)}: copy the directory again"
             )
         return index
+
+    @cached_property
+    def empty_text(self) -> np.ndarray | None:
+        """The empty caption's embedding, `L D` in the dtype of the stored texts; None where no texts are stored.
+
+        Raises ValueError where it can't be read.
+        """
+        return (
+            None if self.text_version is None else np.load(BytesIO(_read(self.store, EMPTY_TEXT)), allow_pickle=False)
+        )
 
     def locate(self, index: int) -> tuple[int, int]:
         """A sample's file and place in it."""
@@ -256,7 +271,12 @@ def part_name(number: int) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write a file so that it's there whole or not at all, also after a power cut; equal values give equal bytes."""
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """A JSON file; equal values give equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
