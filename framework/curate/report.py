@@ -10,7 +10,7 @@ def prepare_lines(report: PrepareReport) -> list[str]:
     lines += [f"skipped {skip.file}: {skip.reason}, {skip.detail}" for skip in report.skipped]
     lines += [f"kept {name}: its file is gone, its sample stays" for name in report.kept]
     counts = ", ".join(f"{count} {reason}" for reason, count in report.num_skipped.items())
-    return [*lines, f"skipped in all: {counts or 'nothing'} (also in {report.out / 'report.json'})"]
+    return [*lines, f"skipped in all: {counts or 'nothing'} (also in {report.out}/report.json)"]
 
 
 def encode_lines(report: EncodeReport) -> list[str]:
@@ -20,5 +20,5 @@ def encode_lines(report: EncodeReport) -> list[str]:
     uncovered = sum(tail.frames for tail in report.tails)
     return [
         *lines,
-        f"{uncovered} frames at the ends of {len(report.tails)} videos not covered ({report.out / 'report.json'})",
+        f"{uncovered} frames at the ends of {len(report.tails)} videos not covered ({report.out}/report.json)",
     ]

@@ -118,8 +118,7 @@ def without_duplicates(place: Place, contents: Contents) -> tuple[Contents, list
     """
     index = contents.index
     columns = (index.uids, index.frames, index.heights, index.widths, index.fps)
-    names = ("uid", "frames", "height", "width", "fps")
-    rows = np.rec.fromarrays(columns, names=names)
+    rows = np.rec.fromarrays(columns, names="uid,frames,height,width,fps")
     _, first, group = np.unique(rows, return_index=True, return_inverse=True)
     originals = first[group.reshape(-1)]
     kept = originals == np.arange(len(index))
