@@ -4,7 +4,8 @@
     {"file": "b/c.mp4", "captions": [{"text": "...", "weight": 2}], "source": "...", "licence": "...",
      "scores": {"motion": 0.4}}            (on one line)
 
-file is relative to the folder of videos; for a manifest it is the URI as that has it, for tars TAR/MEMBER. A weight is how often that caption is drawn, relative to its video's others.
+file is relative to the folder of videos; of a manifest it is the URI as that has it, of tars TAR/MEMBER. A weight is
+how often that caption is drawn, relative to its video's others.
 """
 
 import json

@@ -76,12 +76,12 @@ def prepare(
         absent = set(mine) - names - {skip.file for skip in skipped}
         skipped += [Skip(name, "no such file", f"the captions name it; it isn't in {source}") for name in absent]
         skipped.sort(key=lambda skip: (skip.file, skip.reason))
-        if not owners:
+        if not owners and share.count == 1:
             reasons = "".join(f"\n  {skip.file}: {skip.reason}, {skip.detail}" for skip in skipped)
             raise ValueError(f"nothing usable in {source}" + (reasons or ": no file ends in " + ", ".join(SUFFIXES)))
-        shards = writer.finish()
+        frames = int(writer.finish().index.frames.sum()) if owners else 0
         kept = tuple(sorted(writer.covered.keys() - names))
-        report = PrepareReport(writer.url, len(shards), int(shards.index.frames.sum()), tuple(skipped), kept)
+        report = PrepareReport(writer.url, writer.num_samples, frames, tuple(skipped), kept)
         content = asdict(report) | {"num_skipped": report.num_skipped}
         del content["out"]
         writer.put(REPORT, json_bytes(content))

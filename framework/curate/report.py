@@ -16,6 +16,8 @@ def prepare_lines(report: PrepareReport) -> list[str]:
 def encode_lines(report: EncodeReport) -> list[str]:
     """Samples a bucket, videos that fit none, and the frames at the ends that no segment covers."""
     lines = [f"{report.out}: {count} clips of {bucket}" for bucket, count in report.num_samples.items()]
+    total = sum(report.num_samples.values())
+    lines += [f"{total - report.num_reused} encoded, {report.num_reused} copied from other directories"]
     lines += [f"skipped {misfit.uid}: {misfit.reason}, {misfit.detail}" for misfit in report.misfits]
     uncovered = sum(tail.frames for tail in report.tails)
     return [

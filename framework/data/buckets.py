@@ -28,8 +28,12 @@ class Stream:
     shards: ShardDirectory
 
 
-def open_streams(configs: list[StreamConfig], *, tokenizer_version: str) -> list[Stream]:
-    """Open every stream. Raises ValueError naming the directory or file, also when latents are another tokenizer's."""
+def open_streams(
+    configs: list[StreamConfig], *, tokenizer_version: str, text_version: str | None = None
+) -> list[Stream]:
+    """Open every stream. Raises ValueError naming the directory or file, also when latents are another tokenizer's, or
+    texts that are stored with them another encoder's (not where text_version is None).
+    """
     streams = [Stream(config, open_shards(config.path)) for config in configs]
     for stream in streams:
         version = stream.shards.tokenizer_version
@@ -37,6 +41,13 @@ def open_streams(configs: list[StreamConfig], *, tokenizer_version: str) -> list
             raise ValueError(
                 f"{stream.config.path} holds latents of the tokenizer {version}, the recipe's is {tokenizer_version}: "
                 f"encode it again with `cuboid encode`, or choose the recipe's tokenizer to match"
+            )
+        text = stream.shards.text_version
+        if None not in (text, text_version) and text != text_version:
+            raise ValueError(
+                f"{stream.config.path} holds texts of the encoder {text}, the recipe's is {text_version}: encode it "
+                f"again with `cuboid encode` (--reuse {stream.config.path} keeps its latents), or choose the recipe's "
+                f"text encoder to match"
             )
     return streams
 

@@ -1,8 +1,8 @@
 """The files at the top of a directory of shards: what its parts hold, or other directories, as one.
 
-Nothing of a shard is copied for that: an index names the shards by their places. Samples are duplicates when uid and
-shape are equal (a video has one sample for each bucket and segment); the first is kept. A shard that holds a later one
-is written again without it, as the index of MDS can't leave a row out.
+Nothing of a shard is copied for that: an index names the shards by their places. Samples are duplicates when uid,
+shape and rate are equal (a video has one sample for each bucket and segment); the first is kept. A shard that holds a
+later one is written again without it, as the index of MDS can't leave a row out.
 """
 
 import hashlib
@@ -117,8 +117,11 @@ def without_duplicates(place: Place, contents: Contents) -> tuple[Contents, list
     A shard that held one is written to the place again, in `without-duplicates/`, named by its hash.
     """
     index = contents.index
-    columns = (index.uids, index.frames, index.heights, index.widths, index.fps)
-    rows = np.rec.fromarrays(columns, names="uid,frames,height,width,fps")
+    shape = {"frames": index.frames, "height": index.heights, "width": index.widths, "fps": index.fps}
+    columns = {"uid": index.uids, **shape}
+    rows = np.empty(len(index), dtype=[(name, column.dtype) for name, column in columns.items()])
+    for column_name, column in columns.items():
+        rows[column_name] = column
     _, first, group = np.unique(rows, return_index=True, return_inverse=True)
     originals = first[group.reshape(-1)]
     kept = originals == np.arange(len(index))

@@ -246,7 +246,7 @@ def _no_shards(url: str, sizes: Mapping[str, int]) -> str:
     if not sizes:
         exists = "://" in url or Path(url).is_dir()
         return f"no shards in {url}: {make}" if exists else f"no shard directory {url}: {make}"
-    parts = {name.split("/")[0] for name in sizes if name.startswith("part-") and name.endswith("/part.json")}
+    parts = [name.split("/")[-2] for name in sizes if name.endswith("/part.json")]
     if finished := [part for part in parts if not part.endswith(".partial")]:
         return f"{url} is unfinished ({len(finished)} parts are): run the command that was making it again, it goes on"
     if "index.json" in sizes:

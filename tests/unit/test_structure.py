@@ -31,7 +31,7 @@ ROWS: Final = (
     ("models", "parallel.zero"),
     ("checkpoint", "metrics", "profiling", "evaluate", "curate"),
     ("programs", "launch"),
-    ("cli_checkpoint",),
+    ("cli_checkpoint", "cli_data"),
     ("cli",),
 )
 
