@@ -71,9 +71,9 @@ class ClipEncoder:
 
         Raises ValueError for latents that aren't finite in the stored dtype, and OSError.
         """
-        for unit, following in zip(units, [*units[1:], None], strict=True):
+        for number, unit in enumerate(units):
             self._decode(unit)
-            if following is None or following.bucket != unit.bucket:
+            if number + 1 == len(units) or units[number + 1].bucket != unit.bucket:
                 self._flush()
             while self._open and (self._is_broken(self._open[0]) or self._is_complete(self._open[0])):
                 opened = self._open.pop(0)
