@@ -97,24 +97,24 @@ def test_a_place_in_a_bucket_has_the_bytes_of_a_directory(videos: Path, local: P
     assert stored(url) == held(local)
 
 
-def test_killed_before_any_object_goes_on_to_the_same_bytes(videos: Path, local: Path, url: str) -> None:
-    """part.json last of each of three parts, samples.parquet, index.json, cuboid.json, report.json: each in turn."""
-
-    def run_into(place: str) -> Callable[[], object]:
-        return lambda: prepare(videos, videos / "captions.jsonl", place, config=SMALL)
-
-    expected, write = held(local), 0
-    while killed_at(write, run_into(f"{url}/{write}")):
-        found = stored(f"{url}/{write}")
-        assert json.loads(found.pop(CLAIM))["host"], "it was killed while it held the place"
-        assert found.items() <= expected.items()
+def test_killed_before_an_object_goes_on_to_the_same_bytes(url: str, tmp_path: Path) -> None:
+    """Of two parts of three objects, and samples.parquet, index.json, cuboid.json, report.json: before each in turn."""
+    videos = make_videos(tmp_path / "videos", count=4)
+    captions = write_jsonl(tmp_path / "captions.jsonl", as_captions(rows(videos)))
+    prepare(videos, captions, tmp_path / "d", config=SMALL)
+    expected = held(tmp_path / "d")
+    assert len(expected) == 10
+    for write in (0, 2, 3, 5, 6, 8, 9, 10):
+        place = f"{url}/{write}"
+        killed = killed_at(write, lambda place=place: prepare(videos, captions, place, config=SMALL))  # type: ignore[misc]
+        assert killed == (write < 10)
+        found = stored(place)
+        assert found.items() - {(CLAIM, found.get(CLAIM))} <= expected.items() and (CLAIM in found) == killed
         if "cuboid.json" not in found:
             with pytest.raises(ValueError, match=r"unfinished|no shards in"):
-                open_shards(f"{url}/{write}")
-        run_into(f"{url}/{write}")()  # at once, since the one who held it is known to be dead
-        assert stored(f"{url}/{write}") == expected, write
-        write += 1
-    assert write == len(expected)
+                open_shards(place)
+        prepare(videos, captions, place, config=SMALL)  # at once, since the one who held it is known to be dead
+        assert stored(place) == expected, write
 
 
 def test_one_writes_to_a_place(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +164,12 @@ def test_a_manifest_of_uris(videos: Path, local: Path, url: str, tmp_path: Path,
         f"{url}/in/gone.mp4": "no such file",
         "s3://no-such-bucket/a.mp4": "can't be read",
     }
-    assert "the bucket doesn't exist" in report.skipped[1].detail
+    assert "the bucket doesn't exist" in report.skipped[0].detail
     assert videos_in(f"{url}/out") == videos_in(local)
     # What finished parts have isn't read again.
     store.delete([name for name in store.list() if name.endswith(".mp4")])
     again = prepare(f"{url}/in/list.{kind}", None, f"{url}/out", config=SMALL)
-    assert again.num_samples == 6 and again.skipped[0] == report.skipped[0]
+    assert again.num_samples == 6 and again.skipped == report.skipped
 
 
 def test_tars_and_a_job_array(videos: Path, local: Path, url: str, tmp_path: Path) -> None:
@@ -182,9 +182,6 @@ def test_tars_and_a_job_array(videos: Path, local: Path, url: str, tmp_path: Pat
     report = merge_directories([f"{url}/out"], f"{url}/out")
     assert (report.num_samples, report.num_copied) == (6, 0)
     assert videos_in(f"{url}/out") == videos_in(local)
-    for index in range(2):
-        with pytest.raises(ValueError, match=r"two numbers"):
-            prepare(f"{url}/in/{{3..0}}.tar", None, f"{url}/none", config=SMALL, share=Share(index, 2))
     brace = prepare(f"{url}/in/{{0..2}}.tar", None, tmp_path / "brace", config=SMALL)
     assert brace.num_samples == 3
 
@@ -198,7 +195,7 @@ def test_encoding_in_a_bucket_killed_anywhere(local: Path, url: str, recipe: Pat
     for index in range(2):
         run_into(tmp_path / "l", Share(index, 2))
     expected = held(tmp_path / "l")
-    for write in (0, 2, 5, 7, 9):
+    for write in (2, 6):
         place = f"{url}/{write}"
         run_into(place, Share(0, 2))
         assert killed_at(write, lambda place=place: run_into(place, Share(1, 2)))  # type: ignore[misc]
@@ -213,7 +210,7 @@ def test_encoding_in_a_bucket_killed_anywhere(local: Path, url: str, recipe: Pat
 
 def test_the_command_on_two_ranks(local: Path, url: str, recipe: Path, tmp_path: Path) -> None:
     lines = encode(load_recipe(recipe, []), local, tmp_path / "one", text=True)
-    assert lines[-2].startswith("37 encoded, 0 copied") or "encoded, 0 copied" in "".join(lines)
+    assert any("encoded, 0 copied" in line for line in lines)
     words = ["encode", str(recipe), "--videos", str(local), "--out", url, "--ranks", "2", "--text", "--batch", "3"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
@@ -221,6 +218,4 @@ def test_the_command_on_two_ranks(local: Path, url: str, recipe: Path, tmp_path:
     )
     assert done.returncode == 0, done.stderr
     assert latents_in(url) == latents_in(tmp_path / "one")
-    assert done.stdout.replace(url, "OUT") == "".join(f"{line}\n" for line in lines).replace(
-        str(tmp_path / "one"), "OUT"
-    )
+    assert done.stdout.splitlines() == [line.replace(str(tmp_path / "one"), url) for line in lines]
