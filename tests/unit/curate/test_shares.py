@@ -75,11 +75,12 @@ def encode(
     text: int | None = 16,
     reuse: Sequence[Path] = (),
     config: EncodeConfig = CONFIG,
+    buckets: list[BucketConfig] = BUCKETS,
 ) -> EncodeReport | None:
     """text: the length of the byte encoder."""
     encoder = None if text is None else ByteEncoder(BytesConfig(text))
     encoders = Encoders(tokenizer or Counting(), encoder)
-    return encode_shards(source, BUCKETS, encoders, out, config=config, reuse=[str(url) for url in reuse], share=share)
+    return encode_shards(source, buckets, encoders, out, config=config, reuse=[str(url) for url in reuse], share=share)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,16 @@ def test_stopped_and_gone_on_with_by_another_number_of_jobs(
     reports = [encode(source, tmp_path / "l", Share(index, 2), tokenizer=left[index]) for index in range(2)]
     assert reports[0] is None and reports[1] is not None
     assert 0 < sum(tokenizer.count for tokenizer in left) < 61 - 3, "a part of each of the stopped is there"
+    assert latents_in(tmp_path / "l") == latents_in(whole)
+
+
+def test_what_finished_another_work_does_not_count(source: ShardDirectory, whole: Path, tmp_path: Path) -> None:
+    for index in range(2):
+        encode(source, tmp_path / "l", Share(index, 2), buckets=BUCKETS[:1])
+    assert len(open_shards(tmp_path / "l")) == 8
+    assert encode(source, tmp_path / "l", Share(0, 2)) is None, "the other job hasn't begun with the buckets that came"
+    assert len(open_shards(tmp_path / "l")) == 8
+    assert encode(source, tmp_path / "l", Share(1, 2)) is not None
     assert latents_in(tmp_path / "l") == latents_in(whole)
 
 
