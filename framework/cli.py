@@ -36,40 +36,82 @@ def cuboid() -> None:
 
 @app.command()
 def prepare(
-    videos: Annotated[Path, typer.Argument(help="Folder of videos.")],
-    captions: Annotated[Path, typer.Option(help="JSONL: file, caption or captions, source, licence, scores.")],
-    out: Annotated[Path, typer.Option(help="Directory of shards to write.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder of videos, manifest (.jsonl, .parquet), or WebDataset .tar files.")
+    ],
+    *,
+    captions: Annotated[Path | None, typer.Option(help="JSONL: file, caption(s), source, licence, scores.")] = None,
+    out: Annotated[str, typer.Option(help="Shards to write: a directory or s3://bucket/prefix.")],
     recipe: Annotated[Path | None, typer.Option(help="Skip clips shorter than any bucket of this recipe.")] = None,
     min_frames: Annotated[int, typer.Option(help="Skip clips of fewer frames.")] = 5,
+    part: Annotated[str | None, typer.Option(metavar="I/N", help="One of N jobs' parts of the inputs, from 0.")] = None,
 ) -> None:
-    """Videos and captions -> shards. Goes on where it was stopped."""
+    """Videos and captions -> shards. Goes on where it was stopped. With --part, `cuboid data merge` follows."""
     from framework.curate.config import PrepareConfig
     from framework.curate.prepare import prepare as run_prepare
     from framework.curate.report import prepare_lines
+    from framework.curate.share import read_share
 
+    share = None if part is None else read_share(part)
     if recipe is not None:
         min_frames = min(bucket.frames for bucket in load_recipe(recipe, []).data.buckets)
-    report = run_prepare(videos, captions, out, config=PrepareConfig(min_frames=min_frames))
+    report = run_prepare(source, captions, out, config=PrepareConfig(min_frames=min_frames), share=share)
     for text in prepare_lines(report):
         log.line(text)
 
 
 @app.command()
 def encode(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: its tokenizer and buckets are used.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe: its tokenizer, text encoder and buckets are used.")],
     overrides: Overrides = None,
-    videos: Annotated[Path, typer.Option(help="Directory of video shards.")] = Path("."),
-    out: Annotated[Path, typer.Option(help="Directory of latent shards to write.")] = Path("latents"),
+    *,
+    videos: Annotated[str, typer.Option(help="Video shards: a directory or a URL.")] = ".",
+    out: Annotated[str, typer.Option(help="Latent shards to write: a directory or a URL.")] = "latents",
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    text: Annotated[bool | None, typer.Option(help="Store the captions' embeddings; default: unless bytes.")] = None,
+    batch: Annotated[int, typer.Option(help="Segments that the tokenizer takes at once.")] = 1,
+    reuse: Annotated[list[str] | None, typer.Option(help="Latent shards to copy from what is there already.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Start so many processes here.")] = None,
+    part: Annotated[str | None, typer.Option(metavar="I/N", help="One of N jobs' parts of the work, from 0.")] = None,
 ) -> None:
-    """Video shards -> latent shards, so that training neither decodes nor encodes."""
+    """Video shards -> latent shards, so that training neither decodes nor encodes. Goes on where it was stopped."""
     loaded = load_recipe(recipe, overrides or [])
     if dtype not in ("float16", "float32"):
         raise ValueError(f"--dtype {dtype} must be float16 or float32")
-    from framework.programs.encode import encode as run_encode
+    env = read_environment()
+    if part is not None and (ranks is not None or env is not None):
+        raise ValueError("--part says which part this job is of; with --ranks, or ranks of a launcher, these are")
+    if ranks is not None and ranks < 1:
+        raise ValueError(f"--ranks {ranks} must be at least 1")
+    if ranks is not None and env is None:
+        from framework.curate.encode import read_report
+        from framework.curate.report import encode_lines
 
-    for text in run_encode(loaded, videos, out, dtype="float16" if dtype == "float16" else "float32"):
-        log.line(text)
+        words = ["--videos", videos, "--out", out, "--dtype", dtype, "--batch", str(batch)]
+        words += [word for url in reuse or [] for word in ("--reuse", url)]
+        words += [] if text is None else ["--text" if text else "--no-text"]
+        if status := run_local(["encode", str(recipe), *(overrides or []), *words], world_size=ranks):
+            raise typer.Exit(status)
+        lines = encode_lines(read_report(out))
+    else:
+        from framework.curate.share import Share, read_share
+        from framework.programs.encode import encode as run_encode
+
+        share = Share(env.rank, env.world_size) if env else read_share(part) if part else Share()
+        lines = run_encode(
+            loaded,
+            videos,
+            out,
+            dtype="float16" if dtype == "float16" else "float32",
+            batch=batch,
+            text=text,
+            reuse=reuse or [],
+            share=share,
+            local_rank=env.local_rank if env else 0,
+        )
+    if env is None or env.failures is None:  # else the command that started this rank says it for all
+        for line in lines:
+            log.line(line)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`cuboid data`: look at data before a run."""
+"""`cuboid data`: directories of shards, and what a run will do with them."""
 
 import json as json_
 from pathlib import Path
@@ -7,20 +7,19 @@ from typing import Annotated
 import typer
 
 from framework import log
-from framework.data.buckets import open_streams
+from framework.data.buckets import streams_of
 from framework.data.report import report_of, to_json
 from framework.data.report_text import report_lines
 from framework.environment import visible_gpus
 from framework.parallel.config import resolve_mesh
 from framework.recipe import load_recipe
-from framework.tokenizer.config import tokenizer_version
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data before a run.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Data before a run: look, and join.")
 
 
 @app.callback()
 def data() -> None:
-    """Look at data before a run."""
+    """Data before a run: look, and join."""
 
 
 @app.command()
@@ -41,7 +40,19 @@ def report(
             raise ValueError(f"{name} {value} must be at least 1")
     loaded = load_recipe(recipe, overrides or [])
     shape = resolve_mesh(loaded.mesh, num_ranks=ranks, num_gpus=visible_gpus())
-    streams = open_streams(loaded.data.streams, tokenizer_version=tokenizer_version(loaded.tokenizer))
+    streams = streams_of(loaded)
     found = report_of(loaded, streams, shape, steps=steps)
     for text in [json_.dumps(to_json(found))] if json else report_lines(found):
+        log.line(text)
+
+
+@app.command()
+def merge(
+    directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="Directories of shards, or of shares.")],
+    out: Annotated[str, typer.Option(help="The directory to be made of them; theirs may lie below it.")],
+) -> None:
+    """Several directories of shards -> one, copying only what lies elsewhere; duplicates are left out and listed."""
+    from framework.curate.merge import merge_directories, merge_lines
+
+    for text in merge_lines(merge_directories(directories, out)):
         log.line(text)

@@ -4,10 +4,12 @@
     {"file": "b/c.mp4", "captions": [{"text": "...", "weight": 2}], "source": "...", "licence": "...",
      "scores": {"motion": 0.4}}            (on one line)
 
-file is relative to the folder of videos. A weight is how often that caption is drawn, relative to its video's others.
+file is relative to the folder of videos; of a manifest it is the URI as that has it, of tars TAR/MEMBER. A weight is
+how often that caption is drawn, relative to its video's others.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import isfinite
@@ -62,11 +64,22 @@ def _parse(raw: bytes) -> tuple[str, CaptionLine]:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(line, dict):
         raise ValueError(f"expected an object in braces, found {type(line).__name__}")
-    for key in line.keys() - set(_KEYS):
-        nearest = get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown key {key!r}; did you mean {nearest!r}?")
+    check_keys(line, _KEYS)
     if not isinstance(line.get("file"), str) or not line["file"].strip():
         raise ValueError('"file" must be the name of a video, relative to the folder of videos')
+    name = line["file"]
+    return name if "://" in name else str(PurePosixPath(name)), caption_line(line)
+
+
+def check_keys(line: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises ValueError for a key that isn't known, with the nearest that is."""
+    for key in sorted(line.keys() - set(known)):
+        nearest = get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown key {key!r}; did you mean {nearest!r}?")
+
+
+def caption_line(line: Mapping[str, Any]) -> CaptionLine:
+    """What the keys caption or captions, source, licence and scores say. Raises ValueError with what is wrong."""
     if ("caption" in line) == ("captions" in line):
         raise ValueError('exactly one of "caption" (a text) and "captions" (a list) must be there')
     items = [{"text": line["caption"]}] if "caption" in line else line["captions"]
@@ -78,10 +91,9 @@ def _parse(raw: bytes) -> tuple[str, CaptionLine]:
     scores = line.get("scores", {})
     if not isinstance(scores, dict) or not all(_is_number(score) for score in scores.values()):
         raise ValueError(f'"scores" must be an object of numbers, found {scores!r}')
-    name = str(PurePosixPath(line["file"]))
     captions = tuple(_caption(item) for item in items)
     numbers = {key: float(scores[key]) for key in sorted(scores)}
-    return name, CaptionLine(captions, line.get("source", ""), line.get("licence", ""), numbers)
+    return CaptionLine(captions, line.get("source", ""), line.get("licence", ""), numbers)
 
 
 def _caption(item: Any) -> Caption:

@@ -1,195 +1,228 @@
 """Shards of videos -> shards of latents, so that training decodes no video (measured: ten times faster to load).
 
-Every video is cut, for each bucket it fits, into consecutive segments that don't overlap; each becomes one sample. A
-video fits a bucket that is no larger, no faster and no longer than it: nothing is enlarged and no frame is made up.
-Order: buckets first, so that a shard mostly holds one shape, and a bucket that comes later only adds parts.
+The work is a list of units (units.py). Each of N jobs, or ranks, takes every N-th and writes `DIR/share-I-of-N/`, a
+directory of its own; who finishes last makes DIR's index of all parts below it. No job waits for another, and what an
+earlier run finished, with whatever N, is found by its keys and left alone. With a text encoder the captions'
+embeddings are stored too, and training needs none.
 
-Shapes: `T H W C` uint8 decoded, `B C T H W` float32 in [-1, 1] to the tokenizer, `c t h w` latents.
+Shapes: `T H W C` uint8 decoded, `B C T H W` float32 in [-1, 1] to the tokenizer, `c t h w` latents, `L D` texts.
 """
 
-import hashlib
-import json
+import re
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from framework.data.buckets import misfit
-from framework.data.builder import encode_frames
+from framework.curate.clips import ClipEncoder, Encoder, unpadded
+from framework.curate.config import EncodeConfig
+from framework.curate.reuse import Reuse
+from framework.curate.share import Share, share_of_folder
+from framework.curate.units import (
+    Misfit,
+    Tail,
+    Unit,
+    digest_of,
+    inputs_of,
+    list_tails,
+    list_unfit,
+    list_units,
+    parts_below,
+)
 from framework.data.config import BucketConfig
-from framework.data.decode import decode_clip, frame_stride, num_source_frames
-from framework.data.index import SampleInfo
-from framework.data.shard_writer import ShardWriter
+from framework.data.merge import contents_of_parts, read_records, without_duplicates, write_top
+from framework.data.parts import REPORT
+from framework.data.shard_writer import ShardWriter, refuse_other
 from framework.data.shards import (
+    EMPTY_TEXT,
     LATENT_SCHEMA,
     VIDEO_SCHEMA,
-    LatentSample,
     ShardDirectory,
-    VideoSample,
-    write_json,
+    json_bytes,
+    parse_json,
 )
-from framework.shapes import Strides, latent_shape
+from framework.shapes import latent_shape
+from framework.storage.storage import Storage, open_storage
+from framework.text.encoder import TextEncoder
 
-
-class Encoder(Protocol):
-    """The part of a tokenizer that encoding needs."""
-
-    @property
-    def strides(self) -> Strides: ...
-
-    @property
-    def version(self) -> str: ...
-
-    def encode(self, video: Tensor) -> Tensor:
-        """`B C T H W` float32 in [-1, 1] -> `B c t h w`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Tail:
-    """Source frames at the end of a video that no segment of a bucket covers."""
-
-    uid: str
-    bucket: str
-    frames: int
-
-
-@dataclass(frozen=True)
-class Misfit:
-    """A video that no bucket takes, or one that can't be decoded. detail: why."""
-
-    uid: str
-    reason: Literal["fits no bucket", "broken"]
-    detail: str
+_PART = re.compile(r"(share-\d+-of-\d+)/part-\d+")
 
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What became of each video. num_samples: bucket -> latent samples in `out`, those of earlier runs included."""
+    """What became of each video. num_samples: bucket -> latent samples in `out`, those of earlier runs included.
+    num_reused: how many of all were copied from other directories, instead of being encoded.
+    """
 
-    out: Path
+    out: str
     num_samples: dict[str, int]
+    num_reused: int
     tails: tuple[Tail, ...]
     misfits: tuple[Misfit, ...]
 
 
-def segment_starts(info: SampleInfo, bucket: BucketConfig) -> list[int]:
-    """First source frames of the consecutive segments of a video for a bucket; none when the video doesn't fit."""
-    span = num_source_frames(bucket.frames, info.fps, bucket.fps)
-    return [] if misfit(info, bucket) else [k * span for k in range(info.frames // span)]
+@dataclass(frozen=True)
+class Encoders:
+    """tokenizer: of the latents. text: of the captions, None where these are embedded while training. device: where
+    the tokenizer is to compute.
+    """
+
+    tokenizer: Encoder
+    text: TextEncoder | None = None
+    device: str = "cpu"
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What all samples of a directory have in common."""
+        text = None if self.text is None else self.text.version
+        return {"schema": LATENT_SCHEMA, "tokenizer": self.tokenizer.version, "text": text}
 
 
 def encode_shards(
     source: ShardDirectory,
     buckets: Sequence[BucketConfig],
-    tokenizer: Encoder,
-    out: Path,
+    encoders: Encoders,
+    out: str | Path,
     *,
-    dtype: Literal["float16", "float32"] = "float16",
-    part_size: int = 256,
-    shard_bytes: int = 1 << 26,
-) -> EncodeReport:
-    """Encode every video of a shard directory for every bucket it fits; a run that was stopped goes on.
+    config: EncodeConfig | None = None,
+    reuse: Sequence[str] = (),
+    share: Share | None = None,
+) -> EncodeReport | None:
+    """Encode a share of every video for every bucket it fits; a run that was stopped goes on. None while other shares
+    aren't finished.
 
-    dtype: of the stored latents. part_size: samples of one part, which is what a stopped run does again at most.
+    reuse: directories of latents whose samples are copied where they are what would be encoded.
     Raises ValueError: shards that aren't of videos, no bucket, one that the tokenizer doesn't take, `out` holding
-    something else, latents that aren't finite in `dtype`, nothing usable.
+    something else, latents that aren't finite in the dtype, nothing usable.
     """
+    config, share, url = config or EncodeConfig(), share or Share(), str(out).rstrip("/")
     if source.schema != VIDEO_SCHEMA:
         raise ValueError(f"{source.url} holds {source.schema}, not {VIDEO_SCHEMA}: latents can't be encoded again")
     if not buckets:
         raise ValueError("no bucket to encode for: give data.buckets at least one")
     for bucket in buckets:
-        latent_shape(bucket.clip, tokenizer.strides)
-    broken: dict[str, Misfit] = {}
+        latent_shape(bucket.clip, encoders.tokenizer.strides)
+    identity = encoders.identity
+    units = list_units(
+        source, buckets, config, tokenizer_version=encoders.tokenizer.version, text_version=identity["text"]
+    )
+    if not units:
+        raise ValueError(_nothing(source, list_unfit(source, buckets)))
+    store, work = open_storage(url), digest_of(units, share.count)
+    left = _left(share.of(units), _covered(store, identity), url)
+    found = Reuse(reuse, encoders.tokenizer.version)
+    files = {} if encoders.text is None else {EMPTY_TEXT: _empty_text(encoders.text, config)}
     with ShardWriter(
-        out, schema=LATENT_SCHEMA, tokenizer_version=tokenizer.version, part_size=part_size, shard_bytes=shard_bytes
+        f"{url}/{share.folder}",
+        schema=LATENT_SCHEMA,
+        tokenizer_version=encoders.tokenizer.version,
+        text_version=identity["text"],
+        files=files,
+        part_size=config.part_size,
+        shard_bytes=config.shard_bytes,
     ) as writer:
-        for bucket in buckets:
-            for index, info in enumerate(source.index):
-                name, fingerprint = f"{info.uid} {bucket.name}", _fingerprint(source, index, dtype)
-                if info.uid in broken or not segment_starts(info, bucket) or writer.covers(name, fingerprint):
-                    continue
-                sample = source.read(index)
-                assert isinstance(sample, VideoSample)
-                result = _encode(sample, bucket, tokenizer, dtype)
-                if isinstance(result, Misfit):
-                    broken[info.uid] = result
-                else:
-                    writer.write(name, fingerprint, result)
-        misfits = _unfit(source, buckets) + list(broken.values())
-        if not writer.num_samples:
+        clips = ClipEncoder(source, encoders.tokenizer, encoders.text, found, config, encoders.device)
+        for unit, samples, num_reused in clips.encode(left):
+            writer.write(unit.name, unit.fingerprint, samples, reused=num_reused)
+        if writer.num_samples:
+            writer.finish()
+        broken = {name: asdict(misfit) for name, misfit in clips.broken.items()}
+        writer.put(REPORT, json_bytes({"work": work, "broken": broken}))
+    reports = _reports(store, share.count, work)
+    return None if reports is None else _finish(store, source, buckets, units, reports, (identity, files))
+
+
+def read_report(out: str) -> EncodeReport:
+    """The report of a finished directory."""
+    content = parse_json(open_storage(out).read(REPORT), f"{out}/{REPORT}")
+    tails, misfits = (Tail(**tail) for tail in content["tails"]), (Misfit(**misfit) for misfit in content["misfits"])
+    return EncodeReport(out, content["num_samples"], content["num_reused"], tuple(tails), tuple(misfits))
+
+
+def _covered(store: Storage, identity: Mapping[str, str | None]) -> dict[str, str]:
+    """What finished parts of any run below a place have: name of a unit -> fingerprint. Raises ValueError where
+    something else lies there.
+    """
+    try:
+        first = {name.split("/")[0] for name in store.list()}
+        parts = _parts(store)
+    except OSError as error:
+        raise ValueError(str(error)) from None
+    own = ("index.json", "samples.parquet", "cuboid.json", "without-duplicates", REPORT, EMPTY_TEXT)
+    for name in sorted(first):
+        if not (share_of_folder(name) or name in own or name.startswith(".") or "~" in name):
+            raise ValueError(f"{store.url} has {name!r} in it, which `cuboid encode` didn't write: name an empty place")
+    records = read_records(store.read, parts)
+    for record in records:
+        refuse_other(store.url, identity, record)
+    return {item["name"]: item["fingerprint"] for item in inputs_of(records)}
+
+
+def _parts(store: Storage) -> list[str]:
+    """The finished parts of every share, of this number and of others."""
+    return [part for part in parts_below(store) if _PART.fullmatch(part)]
+
+
+def _left(units: Sequence[Unit], covered: Mapping[str, str], url: str) -> list[Unit]:
+    """What no finished part has. Raises ValueError for a unit that has changed since."""
+    for unit in units:
+        if covered.get(unit.name, unit.fingerprint) != unit.fingerprint:
             raise ValueError(
-                f"nothing to encode in {source.url}" + "".join(f"\n  {m.uid}: {m.detail}" for m in misfits)
+                f"{url} holds {unit.name!r} as it was before: the video, or what is said about it, has changed since, "
+                f"or it was encoded otherwise; write to a new directory, with --reuse {url}"
             )
-        writer.finish()
-        counts = Counter[str]()
-        for name, (_, uids) in writer.covered.items():
-            counts[name.split(" ")[1]] += len(uids)
-        tails = _tails(source, buckets, broken)
-        report = EncodeReport(out, dict(sorted(counts.items())), tuple(tails), tuple(misfits))
-        content = asdict(report)
-        del content["out"]
-        write_json(out / "report.json", content)
+    return [unit for unit in units if unit.name not in covered]
+
+
+def _empty_text(encoder: TextEncoder, config: EncodeConfig) -> bytes:
+    """The empty caption's embedding as a file of numpy."""
+    sink = BytesIO()
+    np.save(sink, unpadded(encoder, [""], config.dtype)[0], allow_pickle=False)
+    return sink.getvalue()
+
+
+def _reports(store: Storage, count: int, work: str) -> list[dict[str, Any]] | None:
+    """What every share of this work left when it was finished; None while one isn't."""
+    names = [f"{Share(index, count).folder}/{REPORT}" for index in range(count)]
+    if not set(names) <= store.list("share-").keys():
+        return None
+    reports = [parse_json(store.read(name), name) for name in names]
+    return reports if all(report.get("work") == work for report in reports) else None
+
+
+def _finish(
+    store: Storage,
+    source: ShardDirectory,
+    buckets: Sequence[BucketConfig],
+    units: Sequence[Unit],
+    reports: Sequence[Mapping[str, Any]],
+    top: tuple[Mapping[str, str | None], Mapping[str, bytes]],
+) -> EncodeReport:
+    """Make the place one directory. Two that finish at once write the same bytes. top: its identity and more files."""
+    broken = {name: Misfit(**item) for report in reports for name, item in report["broken"].items()}
+    misfits = list_unfit(source, buckets) + list({m.uid: m for _, m in sorted(broken.items())}.values())
+    parts = _parts(store)
+    if not parts:
+        raise ValueError(_nothing(source, misfits))
+    contents, _ = without_duplicates(store, contents_of_parts(store, parts))
+    identity, files = top
+    write_top(store, identity, contents, files)
+    inputs = {item["name"]: item for item in inputs_of(read_records(store.read, parts))}
+    counts = Counter[str]()
+    for name, item in inputs.items():
+        counts[name.split(" ")[1]] += len(item["uids"])
+    reused = sum(item.get("reused", 0) for item in inputs.values())
+    tails = list_tails(source, units, broken)
+    report = EncodeReport(store.url, dict(sorted(counts.items())), reused, tuple(tails), tuple(misfits))
+    content = asdict(report)
+    del content["out"]
+    store.put(REPORT, json_bytes(content))
     return report
 
 
-def _encode(
-    sample: VideoSample, bucket: BucketConfig, tokenizer: Encoder, dtype: Literal["float16", "float32"]
-) -> list[LatentSample] | Misfit:
-    """The segments of one video as latents; or the video as broken."""
-    info, latents = sample.info, []
-    stride = frame_stride(info.fps, bucket.fps)
-    fps = info.fps if bucket.fps is None else bucket.fps
-    for start in segment_starts(info, bucket):
-        try:
-            clip = decode_clip(sample.video, start=start, clip=bucket.clip, stride=stride, name=info.uid)
-        except ValueError as error:
-            return Misfit(info.uid, "broken", str(error))
-        uid = f"{info.uid}@{start}"
-        encoded = _latents(clip, tokenizer, dtype)
-        if not np.isfinite(encoded).all():
-            raise ValueError(f"the latents of {uid} aren't finite in {dtype}; encode with dtype=float32")
-        clip_info = SampleInfo(uid, bucket.frames, bucket.height, bucket.width, fps, info.scores)
-        latents.append(LatentSample(clip_info, encoded, sample.captions, sample.source, sample.licence))
-    return latents
-
-
-@torch.inference_mode()
-def _latents(clip: np.ndarray, tokenizer: Encoder, dtype: Literal["float16", "float32"]) -> np.ndarray:
-    """`T H W C` uint8 -> `c t h w`."""
-    return encode_frames(torch.from_numpy(clip), tokenizer).to("cpu", getattr(torch, dtype)).numpy()
-
-
-def _unfit(source: ShardDirectory, buckets: Sequence[BucketConfig]) -> list[Misfit]:
-    """The videos that fit no bucket, with the reason for each bucket."""
-    found = []
-    for info in source.index:
-        reasons = [misfit(info, bucket) for bucket in buckets]
-        if all(reasons):
-            detail = "; ".join(f"{bucket.name}: {reason}" for bucket, reason in zip(buckets, reasons, strict=True))
-            found.append(Misfit(info.uid, "fits no bucket", detail))
-    return found
-
-
-def _tails(source: ShardDirectory, buckets: Sequence[BucketConfig], broken: Container[str]) -> list[Tail]:
-    """What the segments leave over at the end of each video, for each bucket that it fits."""
-    found = []
-    for bucket in buckets:
-        for info in source.index:
-            starts = segment_starts(info, bucket)
-            rest = info.frames - len(starts) * num_source_frames(bucket.frames, info.fps, bucket.fps)
-            if starts and rest and info.uid not in broken:
-                found.append(Tail(info.uid, bucket.name, rest))
-    return found
-
-
-def _fingerprint(source: ShardDirectory, index: int, dtype: str) -> str:
-    """Changes when the video, what is said about it, or the stored precision does; reads no shard."""
-    text = json.dumps([asdict(source.index[index]), source.shard_sha1(index), dtype], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _nothing(source: ShardDirectory, misfits: Sequence[Misfit]) -> str:
+    return f"nothing to encode in {source.url}" + "".join(f"\n  {m.uid}: {m.detail}" for m in misfits)

@@ -15,6 +15,9 @@ from framework.data.decode import num_source_frames
 from framework.data.index import SampleIndex, SampleInfo, index_of
 from framework.data.order import View
 from framework.data.shards import LATENT_SCHEMA, ShardDirectory, open_shards
+from framework.recipe import Recipe
+from framework.text.version import text_version
+from framework.tokenizer.config import tokenizer_version
 
 # How far below a bucket's rate a video may be: 23.976 and 29.97 (NTSC's 1000/1001) count as 24 and 30.
 FPS_SLACK = 0.002
@@ -28,17 +31,35 @@ class Stream:
     shards: ShardDirectory
 
 
-def open_streams(configs: list[StreamConfig], *, tokenizer_version: str) -> list[Stream]:
-    """Open every stream. Raises ValueError naming the directory or file, also when latents are another tokenizer's."""
+def open_streams(configs: list[StreamConfig], *, tokenizer: str, text: str | None = None) -> list[Stream]:
+    """Open every stream. Raises ValueError naming the directory or file, also when latents are another tokenizer's, or
+    texts that are stored with them another encoder's. tokenizer, text: their versions; text None checks no text.
+    """
     streams = [Stream(config, open_shards(config.path)) for config in configs]
     for stream in streams:
         version = stream.shards.tokenizer_version
-        if stream.shards.schema == LATENT_SCHEMA and version != tokenizer_version:
+        if stream.shards.schema == LATENT_SCHEMA and version != tokenizer:
             raise ValueError(
-                f"{stream.config.path} holds latents of the tokenizer {version}, the recipe's is {tokenizer_version}: "
+                f"{stream.config.path} holds latents of the tokenizer {version}, the recipe's is {tokenizer}: "
                 f"encode it again with `cuboid encode`, or choose the recipe's tokenizer to match"
             )
+        stored = stream.shards.text_version
+        if None not in (stored, text) and stored != text:
+            raise ValueError(
+                f"{stream.config.path} holds texts of the encoder {stored}, the recipe's is {text}: encode it "
+                f"again with `cuboid encode` (--reuse {stream.config.path} keeps its latents), or choose the recipe's "
+                f"text encoder to match"
+            )
     return streams
+
+
+def streams_of(recipe: Recipe, configs: list[StreamConfig] | None = None) -> list[Stream]:
+    """The recipe's streams, or others, opened and checked against its tokenizer and text encoder. Raises ValueError."""
+    return open_streams(
+        recipe.data.streams if configs is None else configs,
+        tokenizer=tokenizer_version(recipe.tokenizer),
+        text=text_version(recipe.text),
+    )
 
 
 def fitting(index: SampleIndex, bucket: BucketConfig, *, latent: bool) -> np.ndarray:

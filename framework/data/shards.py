@@ -2,8 +2,10 @@
 
     DIR/cuboid.json       schema, tokenizer, number of samples; written last: a directory with it is complete
     DIR/index.json        MDS's own index of all shards, so that plain `streaming` reads the directory too
+    DIR/empty_text.npy    where texts are stored: the empty caption's embedding
     DIR/samples.parquet   one row a sample, in the order of the index (index.py): what there is, without a shard
     DIR/part-00000/       a small complete MDS directory: index.json, shard.*.mds, and part.json: the inputs it covers
+    DIR/share-0000-of-0002/   a directory like DIR, that one of several jobs wrote: DIR's index names its shards too
 
 Opening a directory looks at names and sizes only and imports neither torch nor streaming, because the launcher does it
 before a job waits in a queue. Writing is in shard_writer.py. Shapes: `c t h w` latents: channels, latent frames, rows,
@@ -114,7 +116,6 @@ class ShardDirectory:
         self.schema: Schema = manifest["schema"]
         self.tokenizer_version: str | None = manifest["tokenizer"]
         self.text_version: str | None = manifest.get("text")
-        self._has_empty_text = EMPTY_TEXT in manifest["files"]
         self.files = [_shard_file(shard) for shard in shards]
         self._ends = list(accumulate(file.num_samples for file in self.files))
         self._first = shards[0]
@@ -151,8 +152,13 @@ class ShardDirectory:
 
     @cached_property
     def empty_text(self) -> np.ndarray | None:
-        """The empty caption's embedding `L D`, None where no texts are stored."""
-        return np.load(BytesIO(_read(self.store, EMPTY_TEXT)), allow_pickle=False) if self._has_empty_text else None
+        """The empty caption's embedding, `L D` in the dtype of the stored texts; None where no texts are stored.
+
+        Raises ValueError where it can't be read.
+        """
+        return (
+            None if self.text_version is None else np.load(BytesIO(_read(self.store, EMPTY_TEXT)), allow_pickle=False)
+        )
 
     def locate(self, index: int) -> tuple[int, int]:
         """A sample's file and place in it."""
@@ -245,7 +251,7 @@ def _no_shards(url: str, sizes: Mapping[str, int]) -> str:
     if not sizes:
         exists = "://" in url or Path(url).is_dir()
         return f"no shards in {url}: {make}" if exists else f"no shard directory {url}: {make}"
-    parts = {name.split("/")[0] for name in sizes if name.startswith("part-") and name.endswith("/part.json")}
+    parts = [name.split("/")[-2] for name in sizes if name.endswith("/part.json")]
     if finished := [part for part in parts if not part.endswith(".partial")]:
         return f"{url} is unfinished ({len(finished)} parts are): run the command that was making it again, it goes on"
     if "index.json" in sizes:
@@ -270,7 +276,12 @@ def part_name(number: int) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write a file so that it's there whole or not at all, also after a power cut; equal values give equal bytes."""
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """A JSON file; equal values give equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

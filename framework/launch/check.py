@@ -6,7 +6,7 @@ from pathlib import Path
 
 from framework.checkpoint.fence import check_owner
 from framework.checkpoint.find import check_source, newest, store_of
-from framework.data.buckets import bucket_views, check_held_out, open_streams
+from framework.data.buckets import bucket_views, check_held_out, streams_of
 from framework.data.config import StreamConfig
 from framework.data.splits import resolve_degrees
 from framework.models.config import is_adapter
@@ -15,7 +15,6 @@ from framework.plan.parameters import parameter_shapes
 from framework.recipe import Recipe, bucket_degrees, check_kernel, check_trained
 from framework.run import run_identity
 from framework.storage.storage import open_source
-from framework.tokenizer.config import tokenizer_version
 
 # Without GPUs ranks are for trying things out; beyond this they only starve each other.
 RANKS_A_CORE = 8
@@ -47,14 +46,13 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     recipe.zero.partition_size(shape.dp * shape.cp)
     check_table(recipe)
     check_kernel(recipe, num_gpus=num_gpus)
-    version = tokenizer_version(recipe.tokenizer)
     for stream in recipe.data.streams:
         if num_ranks is None and "://" in stream.path:  # once, and with little patience; ranks have more of it
             open_source(stream.path).check_readable()
-    streams = open_streams(recipe.data.streams, tokenizer_version=version)
+    streams = streams_of(recipe)
     bucket_views(streams, recipe.data.buckets)
     if recipe.validation.every:
-        held_out = open_streams([StreamConfig(path) for path in recipe.validation.shards], tokenizer_version=version)
+        held_out = streams_of(recipe, [StreamConfig(path) for path in recipe.validation.shards])
         bucket_views(held_out, recipe.data.buckets)
         if recipe.validation.held_out:
             check_held_out(streams, held_out)

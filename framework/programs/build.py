@@ -16,7 +16,7 @@ from torch import nn
 
 from framework.checkpoint.fence import Fence, claim, own
 from framework.checkpoint.source import CheckpointSource, check_config, fill, open_source
-from framework.data.buckets import Stream, open_streams
+from framework.data.buckets import Stream, streams_of
 from framework.data.budget import micro_sizes, plan_batches
 from framework.data.builder import BatchBuilder, LatentForm, TextShape
 from framework.data.cache import ShardCache
@@ -49,7 +49,7 @@ from framework.run import Run, RunFailure, latest_attempt, lock_run, make_identi
 from framework.storage.storage import Storage
 from framework.text.config import text_length, text_masked
 from framework.text.encoder import TextEncoder, build_text_encoder
-from framework.tokenizer.config import tokenizer_channels, tokenizer_strides, tokenizer_version
+from framework.tokenizer.config import tokenizer_channels, tokenizer_strides
 from framework.tokenizer.tokenizer import Tokenizer, build_tokenizer
 
 
@@ -254,8 +254,8 @@ def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[Paramet
 
 
 def open_data(recipe: Recipe, configs: list[StreamConfig]) -> list[Stream]:
-    """The streams, checked against the recipe's tokenizer."""
-    return open_streams(configs, tokenizer_version=tokenizer_version(recipe.tokenizer))
+    """The streams, checked against the recipe's tokenizer and text encoder."""
+    return streams_of(recipe, configs)
 
 
 def describe_data(recipe: Recipe, streams: list[Stream], mesh: Mesh, run: Run) -> None:

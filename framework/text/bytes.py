@@ -19,6 +19,7 @@ from torch import Tensor
 
 from framework.text.config import BytesConfig
 from framework.text.padding import unpad_texts
+from framework.text.version import bytes_version
 
 WIDTH = 256
 END = 0xFF
@@ -47,7 +48,7 @@ class ByteEncoder:
             raise ValueError(f"text.bytes.max_length={config.max_length} must be at least 1")
         self.width = WIDTH
         self.max_length = config.max_length
-        self.version = f"bytes/1-{config.max_length}"
+        self.version = bytes_version(config)
         self.masked = True
         self._codes_bd = (byte_codes() * math.sqrt(WIDTH)).to(device)
         self._positions_ld = sinusoids(config.max_length).to(device)

@@ -17,24 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework.fingerprint import directory_hash
-from framework.text.clean import clean_caption, cleaning_name
+from framework.text.clean import clean_caption
 from framework.text.config import HfConfig
 from framework.text.padding import unpad_texts
-
-
-def find_directories(path: str) -> tuple[Path, Path]:
-    """The directories of the model and of its tokenizer. Raises ValueError with the path and the fix."""
-    root = Path(path).expanduser()
-    fix = "set text.hf.path to a local directory with text_encoder/ and tokenizer/ as diffusers saves, or both in one"
-    if not path or not root.is_dir():
-        raise ValueError(f"text.hf.path={path!r} is no directory: {fix}")
-    nested = (root / "text_encoder").is_dir()
-    model, tokenizer = (root / "text_encoder", root / "tokenizer") if nested else (root, root)
-    for file in (model / "config.json", tokenizer / "tokenizer_config.json"):
-        if not file.is_file():
-            raise ValueError(f"text.hf.path={path!r}: {file} is missing: {fix}")
-    return model, tokenizer
+from framework.text.version import find_directories, hf_version
 
 
 def load_model(directory: Path) -> Any:
@@ -68,9 +54,7 @@ class HfEncoder:
         self._clean, self.masked = config.clean, config.mask
         self.width = int(self._model.config.d_model)
         self.max_length = config.max_length
-        content = directory_hash(*sorted({model_path, tokenizer_path}))
-        cleaning = cleaning_name() if config.clean else "as-given"
-        self.version = f"hf-{content}-{config.max_length}-{'masked' if config.mask else 'zeros'}-{cleaning}"
+        self.version = hf_version(config)
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Embeddings `B L D` float32, zero at the padding, and the mask `B L` bool, or None with mask=False."""

