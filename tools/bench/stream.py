@@ -50,7 +50,7 @@ from framework.storage.s3 import S3
 SHAPE = (16, 5, 60, 64)  # of a latent, float16: 0.6 MB
 PEERS = ("webdataset", "litdata")
 SUPPLY = 1.2
-WARMUP = 5  # steps
+FROM = (5, 25)  # steps: soon after the first, and when three windows of shards have gone by
 BATCH = 16
 
 
@@ -220,21 +220,24 @@ def waits(bench: Bench, step: float, number: int) -> tuple[list[float], float]:
 
 def measure_waits(bench: Bench, rounds: int) -> None:
     """Print the share of a step that waits for data."""
-    shares: list[float] = []
+    shares: dict[int, list[float]] = {first: [] for first in FROM}
     steps = []
     for number in range(rounds):
         _, supply = waits(bench, 0.0, number)
         step = SUPPLY * supply
         waited, _ = waits(bench, step, number)
-        shares += [wait / (wait + step) for wait in waited[WARMUP:]]
+        for first in FROM:
+            shares[first] += [wait / (wait + step) for wait in waited[first:]]
         steps.append(step)
         for cache in bench.folder.glob("cache-*"):
             shutil.rmtree(cache)
-    p50, p99 = np.percentile(shares, [50, 99])
-    print(
-        f"data wait at {SUPPLY} x supply, steps of {1e3 * statistics.median(steps):.1f} ms, {len(shares)} steps: "
-        f"p50 {p50:.2%}, p99 {p99:.2%}, mean {statistics.mean(shares):.2%} of a step"
-    )
+    print(f"data wait at {SUPPLY} x supply, steps of {1e3 * statistics.median(steps):.1f} ms, as a share of a step:")
+    for first, values in shares.items():
+        p50, p99 = np.percentile(values, [50, 99])
+        print(
+            f"from step {first:2} on ({len(values)} steps): p50 {p50:.2%}, p99 {p99:.2%}, mean "
+            f"{statistics.mean(values):.2%}"
+        )
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> Bench:
