@@ -11,10 +11,13 @@ swscale's AREA in one pass with the colours is 43 dB from it. The price is 10 ms
 by swscale at full size, with the matrix that the stream names, BT.601 if none. Rotation (phones) and pixels that
 aren't square are honoured.
 
+An image (JPEG, PNG, WebP) is a video of one frame, whose rate FFmpeg calls 25. Its EXIF rotation is honoured, EXIF
+mirroring refused; transparency is dropped, the colours beneath it stay.
+
 Shapes: `T H W C` uint8: frames, rows, columns, RGB.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
@@ -26,6 +29,8 @@ import numpy as np
 from PIL import Image
 
 from framework.shapes import ClipShape
+
+_ORIENTATION = 0x112  # EXIF's tag: 1 upright, 3, 6 and 8 turned, 2, 4, 5 and 7 mirrored
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def decode_clip(
         raise ValueError(f"{name}: the place of a crop must lie in 0 to 1, not {crop}")
     view = _View(clip, x, y)
     wanted = [start + offset for offset in source_offsets(clip.frames, stride)]
-    found = _decode_frames(video, wanted, view, name, keyframe=_keyframe_before(video, start, name))
+    found = _decode_frames(video, wanted, view, name, seek=start > 0)
     if len(found) < len(set(wanted)):
         raise ValueError(
             f"{name} has no frame {min(set(wanted) - found.keys())}: frames {start} to {wanted[-1]} were asked for"
@@ -118,58 +123,91 @@ class _View:
 
 @dataclass(frozen=True)
 class _Keyframe:
-    """Where to start decoding. pts: its presentation time. positions: presentation time -> frame number."""
+    """Where to start decoding. pts: its presentation time. times: of all frames, in the order they are shown."""
 
     pts: int
-    positions: dict[int, int]
+    times: list[int]
 
 
-def _decode_frames(
-    video: bytes, wanted: list[int], view: _View, name: str, *, keyframe: _Keyframe | None
-) -> dict[int, np.ndarray]:
-    """The wanted frames that there are, number -> `H W C`, decoding from a keyframe or from the beginning."""
+def _decode_frames(video: bytes, wanted: list[int], view: _View, name: str, *, seek: bool) -> dict[int, np.ndarray]:
+    """The wanted frames that there are, number -> `H W C`, from the keyframe before them or from the beginning."""
     found: dict[int, np.ndarray] = {}
     with _open(video, name) as container:
         stream = _video_stream(container, name, threads=1)
-        if keyframe is not None:
-            container.seek(keyframe.pts, stream=stream, backward=True)
-        for count, frame in enumerate(_decode(container, stream, name)):
-            index = count if keyframe is None else keyframe.positions.get(-1 if frame.pts is None else frame.pts, -1)
+        keyframe = _keyframe_before(container, stream, wanted[0], name) if seek else None
+        if keyframe is None and seek:
+            frames: Iterator[tuple[int, av.VideoFrame]] = iter(())  # its packets are used up
+        elif keyframe is None:
+            frames = enumerate(_decode(container, stream, name))
+        else:
+            frames = _decode_from(keyframe, wanted, container, stream, name)
+        for index, frame in frames:
             if index in wanted and index not in found:
                 found[index] = _resize(frame, view, float(stream.sample_aspect_ratio or 1))
             if len(found) == len(set(wanted)):
                 break
-    if keyframe is not None and len(found) < len(set(wanted)):  # a demuxer that didn't seek where it was told to
-        return _decode_frames(video, wanted, view, name, keyframe=None)
+    if seek and len(found) < len(set(wanted)):  # there was no keyframe, or the demuxer didn't seek where it was told
+        return _decode_frames(video, wanted, view, name, seek=False)
     return found
 
 
-def _keyframe_before(video: bytes, start: int, name: str) -> _Keyframe | None:
+def _decode_from(
+    keyframe: _Keyframe,
+    wanted: list[int],
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    name: str,
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Numbers and frames from a keyframe on, among them the wanted ones."""
+    container.seek(keyframe.pts, stream=stream, backward=True)
+    numbers = {pts: number for number, pts in enumerate(keyframe.times)}
+    needed = {keyframe.times[index] for index in wanted if index < len(keyframe.times)}
+    for frame in _decode(container, stream, name, needed=needed):
+        if frame.pts in numbers:
+            yield numbers[frame.pts], frame
+
+
+def _keyframe_before(
+    container: av.container.InputContainer, stream: av.VideoStream, start: int, name: str
+) -> _Keyframe | None:
     """The last keyframe at or before a frame, from the packets alone; None where decoding must begin at the beginning.
 
-    It must when the keyframe is the first, and when packets can't be told apart by their time (some containers have
-    none, and pictures that lead the first keyframe are packets which give no frame).
+    It must when packets can't be told apart by their time (some containers have none, and pictures that lead the first
+    keyframe are packets which give no frame). 132 packets take 1 ms, opening the video 10 ms: so it's opened once.
     """
-    if start == 0:
-        return None
-    with _open(video, name) as container:
-        stream = _video_stream(container, name, threads=1)
-        try:
-            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
-        except av.FFmpegError as error:
-            raise ValueError(f"{name} is broken: {error}") from error
+    try:
+        packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+    except av.FFmpegError as error:
+        raise ValueError(f"{name} is broken: {error}") from error
     times = sorted({pts for pts, _ in packets if pts is not None})
     if len(times) < len(packets) or start >= len(times) or not packets[0][1] or packets[0][0] != times[0]:
         return None
     before = max(pts for pts, is_key in packets if is_key and pts is not None and pts <= times[start])
-    return None if before == times[0] else _Keyframe(before, {pts: number for number, pts in enumerate(times)})
+    return _Keyframe(before, times)
 
 
 def _open(video: bytes, name: str) -> av.container.InputContainer:
     try:
-        return av.open(BytesIO(video), "r")
+        container = av.open(BytesIO(video), "r")
     except av.FFmpegError as error:
         raise ValueError(f"{name} is broken: {error}") from error
+    if container.format.name.endswith("_pipe") and (wrong := _wrong_with_image(video)):
+        container.close()
+        raise ValueError(f"{name} is broken: {wrong}")
+    return container
+
+
+def _wrong_with_image(image: bytes) -> str | None:
+    """What FFmpeg passes over in silence: it paints the rest of a truncated JPEG, and turns what EXIF mirrors."""
+    # A JPEG begins with ff d8, each of its scans with ff da, and it ends with ff d9.
+    if image.startswith(b"\xff\xd8") and image.rfind(b"\xff\xd9") < image.rfind(b"\xff\xda"):
+        return "a JPEG without its end"
+    try:
+        with Image.open(BytesIO(image)) as opened:
+            mirrored = opened.getexif().get(_ORIENTATION) in (2, 4, 5, 7)
+    except OSError:
+        return None  # of a kind that Pillow doesn't know, or damaged, which decoding will say
+    return "its EXIF orientation mirrors it, which isn't supported: write it upright" if mirrored else None
 
 
 def _video_stream(container: av.container.InputContainer, name: str, *, threads: int) -> av.VideoStream:
@@ -182,13 +220,26 @@ def _video_stream(container: av.container.InputContainer, name: str, *, threads:
     return stream
 
 
-def _decode(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> Iterator[av.VideoFrame]:
-    """Frames in the order they are shown. Raises ValueError at the first damaged one, which FFmpeg would paint over."""
+def _decode(
+    container: av.container.InputContainer, stream: av.VideoStream, name: str, *, needed: Set[int] | None = None
+) -> Iterator[av.VideoFrame]:
+    """Frames in the order they are shown. Raises ValueError at the first damaged one, which FFmpeg would paint over.
+
+    needed: presentation times; None needs all. Of the others, H.264 pictures to which no other refers are left out.
+    HEVC's may be referred to by a higher temporal layer, so there every picture is decoded.
+    """
+    skips = needed is not None and stream.codec_context.name == "h264"
+    number = 0
     try:
-        for number, frame in enumerate(container.decode(stream)):
-            if frame.is_corrupt:
-                raise ValueError(f"{name} is broken: decoded frame {number} is damaged")
-            yield frame
+        for packet in container.demux(stream):
+            if skips:
+                is_needed = packet.pts is None or needed is None or packet.pts in needed
+                stream.codec_context.skip_frame = "DEFAULT" if is_needed else "NONREF"
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise ValueError(f"{name} is broken: decoded frame {number} is damaged")
+                number += 1
+                yield frame
     except av.FFmpegError as error:
         raise ValueError(f"{name} is broken: {error}") from error
 

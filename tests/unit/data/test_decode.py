@@ -52,9 +52,26 @@ def test_every_start_equals_full_decode(gops: Path) -> None:
 def test_late_start_decodes_only_from_its_keyframe(gops: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     original = decode._decode
-    monkeypatch.setattr(decode, "_decode", lambda *a: (decoded.append(frame.pts) or frame for frame in original(*a)))
+    monkeypatch.setattr(
+        decode, "_decode", lambda *a, **k: (decoded.append(frame.pts) or frame for frame in original(*a, **k))
+    )
     decode_clip(gops.read_bytes(), start=50, clip=ClipShape(3, 48, 64))
     assert len(decoded) <= 7  # frames 48 to 52, and leading pictures if the encoder made any
+
+
+def test_pictures_that_nothing_refers_to_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One keyframe and three B-frames of four, of which two or more are no reference: the frames kept are the same."""
+    options = {"g": "100", "bf": "3", "x264-params": "scenecut=0:b-adapt=0"}
+    path = make_clip(tmp_path / "long.mp4", frames=60, options=options)
+    reference, decoded = all_frames(path), []
+    original = decode._decode
+    monkeypatch.setattr(
+        decode, "_decode", lambda *a, **k: (decoded.append(frame.pts) or frame for frame in original(*a, **k))
+    )
+    for start in range(1, 50):
+        clip = decode_clip(path.read_bytes(), start=start, clip=ClipShape(3, 48, 64), stride=4.0)
+        assert np.array_equal(clip, reference[start : start + 9 : 4]), start
+    assert len(decoded) < 0.7 * sum(start + 9 for start in range(1, 50))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +121,23 @@ def test_resize_is_antialiased_cover_and_centre_crop() -> None:
     difference = np.abs(clip - expected.clamp(0, 255).permute(1, 2, 0).numpy())
     assert difference[:, 2:-2].max() < 1.6  # two passes, each rounded to 8 bits
     assert difference.max() < 8  # at the sides the filter also sees what the crop leaves out
+
+
+@pytest.mark.parametrize(
+    ("crop", "left", "top"), [(None, 32, 0), ((0.5, 0.5), 32, 0), ((0, 0), 0, 0), ((1, 0.3), 64, 0)]
+)
+def test_crop_lies_where_it_is_told(tmp_path: Path, crop: tuple[float, float] | None, left: int, top: int) -> None:
+    path = make_clip(tmp_path / "a.mp4", frames=2, height=64, width=128)
+    clip = decode_clip(path.read_bytes(), start=0, clip=ClipShape(2, 64, 64), crop=crop)
+    assert np.array_equal(clip, all_frames(path)[:, top : top + 64, left : left + 64])
+
+
+def test_crop_of_a_high_picture(tmp_path: Path) -> None:
+    path = make_clip(tmp_path / "a.mp4", frames=1, height=96, width=64)
+    clip = decode_clip(path.read_bytes(), start=0, clip=ClipShape(1, 64, 64), crop=(0.0, 0.75))
+    assert np.array_equal(clip, all_frames(path)[:, 24:88])
+    with pytest.raises(ValueError, match=r"a7: the place of a crop must lie in 0 to 1, not \(0, 1.5\)"):
+        decode_clip(path.read_bytes(), start=0, clip=ClipShape(1, 64, 64), crop=(0, 1.5), name="a7")
 
 
 def test_rotation_of_a_phone(tmp_path: Path) -> None:

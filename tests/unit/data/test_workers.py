@@ -243,10 +243,10 @@ def test_many_shapes_share_the_processes(small: bytes) -> None:
         run(4)
         memory = [resident(process) for process in processes]
         descriptors = [len(os.listdir(f"/proc/{process}/fd")) for process in (os.getpid(), *processes)]
-        run(8)
+        run(12)
         assert children(os.getpid()) == processes
         assert [len(os.listdir(f"/proc/{process}/fd")) for process in (os.getpid(), *processes)] == descriptors
-        assert max(resident(process) - first for process, first in zip(processes, memory, strict=True)) < 8e6
+        assert max(resident(process) - first for process, first in zip(processes, memory, strict=True)) < 4e6
         assert sum(thread.name.startswith("decode-") for thread in threading.enumerate()) == 2
     assert children(os.getpid()) == []
     assert not any(thread.name.startswith("decode-") for thread in threading.enumerate())
