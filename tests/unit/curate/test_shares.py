@@ -158,18 +158,17 @@ def test_texts_are_stored_without_padding(whole: Path) -> None:
     assert np.array_equal(empty, encoder.encode([""])[0][0, :1].numpy().astype(np.float16))
 
 
-def test_no_mask_means_that_zeros_at_the_end_are_padding() -> None:
-    class Zeros:
-        width, max_length, version = 2, 4, "z"
+def test_texts_that_the_dtype_does_not_hold() -> None:
+    class Large:
+        width, max_length, masked, version = 2, 4, True, "large"
 
-        def encode(self, captions: Sequence[str]) -> tuple[Tensor, None]:
-            rows = {"a": [[1.0, 0], [0, 0], [0, 2], [0, 0]], "": [[0.0, 0]] * 4, "big": [[1e5, 0]] * 4}
-            return torch.tensor([rows[caption] for caption in captions]), None
+        def embed(self, captions: Sequence[str]) -> list[Tensor]:
+            return [torch.tensor([[1e5, float(len(caption))]]) for caption in captions]
 
-    found = unpadded(Zeros(), ["a", ""], "float32")
-    assert found[0].tolist() == [[1, 0], [0, 0], [0, 2]] and found[1].tolist() == [[0, 0]]
+    (found,) = unpadded(Large(), ["abc"], "float32")  # type: ignore[arg-type]
+    assert found.tolist() == [[1e5, 3]]
     with pytest.raises(ValueError, match="isn't finite in float16"):
-        unpadded(Zeros(), ["big"], "float16")
+        unpadded(Large(), ["abc"], "float16")  # type: ignore[arg-type]
 
 
 def test_without_texts(source: ShardDirectory, tmp_path: Path) -> None:
