@@ -9,8 +9,6 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from einops import rearrange
-from torch import Tensor
 
 from framework.curate.config import EncodeConfig
 from framework.curate.reuse import Reuse
@@ -20,20 +18,17 @@ from framework.data.index import SampleInfo
 from framework.data.shards import LatentSample, ShardDirectory, VideoSample
 from framework.shapes import Strides
 from framework.text.encoder import TextEncoder
+from framework.tokenizer.tokenizer import PixelEncoder, encode_frames
 
 
-class Encoder(Protocol):
-    """The part of a tokenizer that encoding needs."""
+class Encoder(PixelEncoder, Protocol):
+    """The part of a tokenizer that encoding ahead of time needs."""
 
     @property
     def strides(self) -> Strides: ...
 
     @property
     def version(self) -> str: ...
-
-    def encode(self, video: Tensor) -> Tensor:
-        """`B C T H W` float32 in [-1, 1] -> `B c t h w`."""
-        ...
 
 
 @dataclass
@@ -111,9 +106,8 @@ class ClipEncoder:
         if not self._waiting:
             return
         frames = torch.from_numpy(np.stack([clip for _, _, clip in self._waiting])).to(self._device)
-        video = rearrange(frames, "B T H W C -> B C T H W").to(torch.float32) / 127.5 - 1
         dtype = getattr(torch, self._config.dtype)
-        latents = self._tokenizer.encode(video).to("cpu", dtype).numpy()
+        latents = encode_frames(frames, self._tokenizer).to("cpu", dtype).numpy()
         for (opened, uid, _), each in zip(self._waiting, latents, strict=True):
             if not np.isfinite(each).all():
                 raise ValueError(

@@ -14,7 +14,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from framework.batch import Batch, Condition
@@ -28,7 +27,7 @@ from framework.keys import key, uniform
 from framework.shapes import LatentShape, Strides, latent_shape
 from framework.text.encoder import TextEncoder
 from framework.text.padding import pad_texts
-from framework.tokenizer.tokenizer import Tokenizer
+from framework.tokenizer.tokenizer import Tokenizer, encode_frames
 
 
 class Encoders(Protocol):
@@ -202,7 +201,8 @@ class BatchBuilder:
         if begun.latents is not None:
             return begun.latents
         assert begun.frames is not None
-        return encode_frames(torch.from_numpy(begun.frames.result()).to(self._device), self._encoders.tokenizer).cpu()
+        frames = torch.from_numpy(begun.frames.result()).to(self._device)
+        return encode_frames(frames[None], self._encoders.tokenizer)[0].cpu()
 
     def _embed(self, begun: Sequence[Begun | None]) -> tuple[Tensor, Tensor | None]:
         """Stored texts as they are; the captions of the others, if there are any, are embedded."""
@@ -214,20 +214,6 @@ class BatchBuilder:
             if each is not None:
                 texts[i] = made[i].float().cpu() if each.text is None else each.text
         return pad_texts(texts, self.text.length, masked=self.text.masked)
-
-
-class Encoder(Protocol):
-    """The part of a tokenizer that encoding needs."""
-
-    def encode(self, video: Tensor) -> Tensor:
-        """`B C T H W` float32 in [-1, 1] -> `B c t h w`."""
-        ...
-
-
-def encode_frames(frames_thwc: Tensor, tokenizer: Encoder) -> Tensor:
-    """`T H W C` uint8 -> normalised latents `c t h w` float32."""
-    video = rearrange(frames_thwc, "T H W C -> 1 C T H W").to(torch.float32) / 127.5 - 1
-    return tokenizer.encode(video).squeeze(0)
 
 
 def choose_caption(captions: Sequence[Caption], key_: int) -> int:

@@ -11,6 +11,7 @@ Shapes: b clips, c channels (3 for pixels), t h w frames, rows and columns; pixe
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from framework.shapes import Strides
@@ -44,6 +45,19 @@ class Tokenizer(Protocol):
     def decode(self, latents_bcthw: Tensor, *, first: bool = True) -> Tensor:
         """Normalised latents to pixels `b 3 t h w`, not clamped; `first` as in encode."""
         ...
+
+
+class PixelEncoder(Protocol):
+    """The part of a tokenizer that encodes whole clips."""
+
+    def encode(self, video_bcthw: Tensor) -> Tensor:
+        """Pixels in [-1, 1] to normalised latents `b c t h w`."""
+        ...
+
+
+def encode_frames(frames_bthwc: Tensor, tokenizer: PixelEncoder) -> Tensor:
+    """Decoded frames `b t h w 3` uint8 -> normalised latents `b c t h w`."""
+    return tokenizer.encode(rearrange(frames_bthwc, "b t h w c -> b c t h w").to(torch.float32) / 127.5 - 1)
 
 
 def build_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu") -> Tokenizer:

@@ -24,10 +24,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import boto3
 import reading
+from buckets import Server
 
 from framework.launch.local import free_port
 
@@ -41,20 +42,6 @@ SHARED_MEMORY = Path("/dev/shm")
 
 class Violation(AssertionError):
     """Something that must not be."""
-
-
-class Server(Protocol):
-    """What can be done to a server."""
-
-    environment: dict[str, str]
-
-    def start(self) -> None: ...
-
-    def kill(self) -> None: ...
-
-    def freeze(self) -> None: ...
-
-    def thaw(self) -> None: ...
 
 
 @dataclass
