@@ -17,10 +17,10 @@ from framework.data.cache import BadShard, Closed, Held, ShardCache
 from framework.data.shards import ShardDirectory, read_row
 from framework.storage.directory import Directory
 
-MOST_VISITS: Final = 1 << 14  # taken ahead
+MOST_VISITS: Final = 1 << 12  # taken ahead: a few windows of shards; each holds its slots in memory
 MOST_HELD: Final = 256  # shards of the cache that are open at a time
 MOST_OPEN: Final = 64  # shards of directories that are open at a time
-LOOKS: Final = 64  # visits taken ahead for each one made: the way ahead grows while the first rows are read already
+LOOKS: Final = 16  # visits taken ahead for each one made: the way ahead grows while the first rows are read already
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ class ShardStore:
     def _look_ahead(self, ahead: Ahead) -> None:
         """Take coming visits, as far as there is room for their shards."""
         for _ in range(LOOKS):
-            if ahead.taken and len(ahead.taken) >= MOST_VISITS:
+            if ahead.taken and (
+                len(ahead.taken) >= MOST_VISITS or not self._threads
+            ):  # without threads: nothing to fetch
                 return
             if ahead.waiting is None:
                 if ahead.ended is not None:
