@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -34,13 +35,13 @@ FAILED: Final = 2
 PATIENCE = 0.5  # seconds between two looks at whether the parent lives
 
 
-def main(parent: int) -> None:
-    """Decode what comes until the socket closes. parent: the process to end with."""
+def main(parent: int, decode: Callable[..., np.ndarray] = decode_clip) -> None:
+    """Decode what comes until the socket closes. parent: the process to end with. decode: called as `decode_clip`."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with socket.socket(fileno=0) as connection, connection.makefile("rb") as jobs:
         while job := _read_job(jobs):
             header, video = job
-            kind, content = _reply(header, video)
+            kind, content = _reply(decode, header, video)
             del job, video
             try:
                 _send(connection, kind, content)
@@ -67,9 +68,9 @@ def _read_job(jobs: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
     return (json.loads(header), video) if len(video) == video_size else None
 
 
-def _reply(header: dict[str, Any], video: bytes) -> tuple[int, memoryview]:
+def _reply(decode: Callable[..., np.ndarray], header: dict[str, Any], video: bytes) -> tuple[int, memoryview]:
     try:
-        frames = decode_clip(
+        frames = decode(
             video,
             start=header["start"],
             clip=ClipShape(*header["clip"]),

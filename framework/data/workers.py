@@ -25,6 +25,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from framework.data.decode_worker import FRAMES, JOB, REFUSED, REPLY
 from framework.environment import STOP_SIGNALS, worker_variables
 from framework.shapes import ClipShape
 
+_MODULE: Final = "framework.data.decode_worker"
 ATTEMPTS = 2  # processes that may die of one job
 
 
@@ -182,7 +184,7 @@ class _Worker:
 
 def _start() -> "tuple[subprocess.Popen[bytes], socket.socket]":
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-P", "-m", "framework.data.decode_worker", str(os.getpid())]
+    command = [sys.executable, "-P", "-m", _MODULE, str(os.getpid())]
     environment = worker_variables(str(Path(__file__).parents[2]))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited, and so in force from the first moment
     try:
