@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class StepRecord:
     """A finished step, counted from 1. loss_sum: summed over the ranks once `work` is done; the loss is loss_sum /
-    count. lost: samples that couldn't be had since the attempt began.
+    count. lost: samples that couldn't be had in the attempt's steps before.
     """
 
     step: int

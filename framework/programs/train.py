@@ -167,7 +167,7 @@ def loop(
         agreement.wait()
         signalled, failed, lost = asked.tolist()
         if pending is not None:
-            publish(metrics, report, replace(pending, lost=lost))
+            publish(metrics, report, pending)
         pending = StepRecord(
             step=progress.step,
             loss_sum=loss_sum,
@@ -182,6 +182,7 @@ def loop(
             skipped=stats.skipped,
             traffic=traffic(parts.mesh),
             uids=suspects,
+            lost=lost,
         )
         for text in saver.report():
             report.say(text)

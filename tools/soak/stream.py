@@ -117,7 +117,7 @@ class Soak:
                 told[pipes.index(pipe)].append(message)
                 if not first:
                     first, deadline = time.monotonic() - begin, time.monotonic() + seconds
-            if max(len(each) for each in told) + plan.start >= NUM_STEPS - 1:
+            if max(len(each) for each in told) + plan.start >= len(self.expected) - 1:
                 break
         self._kill(processes)
         if outage == "freeze" and self.server:
@@ -226,7 +226,9 @@ def upload(folder: Path, bucket: str, prefix: str, environment: dict[str, str]) 
     return f"s3://{bucket}/{prefix}"
 
 
-def build_soak(context: Any, folder: Path, server: Server | None, *, seed: int, outages: bool) -> Soak:
+def build_soak(
+    context: Any, folder: Path, server: Server | None, *, seed: int, outages: bool, num_steps: int = NUM_STEPS
+) -> Soak:
     """Make the data, put them where they are read from, and find out what is expected."""
     places = reading.make_data(folder)
     local = reading.write_recipe(folder / "local.yaml", [str(place) for place in places.values()])
@@ -236,7 +238,7 @@ def build_soak(context: Any, folder: Path, server: Server | None, *, seed: int, 
         urls = [upload(place, "vid", f"{prefix}/{name}", server.environment) for name, place in places.items()]
         recipe = reading.write_recipe(folder / "remote.yaml", urls)
     mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=reading.expected_main, args=(local, NUM_STEPS, theirs))
+    process = context.Process(target=reading.expected_main, args=(local, num_steps, theirs))
     process.start()
     expected = mine.recv()
     process.join()
