@@ -29,7 +29,7 @@ class Batch:
     """One micro-batch of one rank.
 
     latents: `B c t h w` float32. weights: `B`, 0 for empty slots. draws and uids: B strings. positions: each sample's
-    place among the step's `step_samples` samples over all ranks, -1 for empty slots. bucket: its place in the recipe.
+    place among the step's `bucket_samples` samples of its bucket, -1 for empty slots. bucket: its place in the recipe.
     lost: samples whose data file is damaged, empty slots now, on the rank that read them.
     """
 
@@ -39,7 +39,7 @@ class Batch:
     uids: tuple[str, ...]
     draws: tuple[str, ...]
     positions: tuple[int, ...]
-    step_samples: int
+    bucket_samples: int
     bucket: int
     clip: ClipShape
     latent: LatentShape

@@ -57,7 +57,8 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Origin:
-    """What wrote a checkpoint. recipe: hash of the resolved recipe. parents: what it descends from: the checkpoint that
+    """What wrote a checkpoint. recipe: hash of the resolved recipe. data: hash of its data
+    files. parents: what it descends from: the checkpoint that
     its attempt resumed from, or the weights that the run began with.
     """
 
@@ -67,6 +68,7 @@ class Origin:
     zero_stage: int = 0
     precision: str = ""
     recipe: str = ""
+    data: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
     parents: tuple[str, ...] = ()

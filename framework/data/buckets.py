@@ -7,6 +7,7 @@ several buckets; a bucket without any is refused.
 """
 
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 
@@ -60,6 +61,16 @@ def streams_of(recipe: Recipe, configs: list[StreamConfig] | None = None) -> lis
         tokenizer=tokenizer_version(recipe.tokenizer),
         text=text_version(recipe.text),
     )
+
+
+def identity_of(streams: list[Stream]) -> str:
+    """A hash of what the streams' files hold, wherever they lie: the order of samples follows from it."""
+    digest = blake2b(digest_size=8)
+    for stream in streams:
+        for file in stream.shards.files:
+            digest.update(f"{file.name} {file.num_samples} {file.hashes['sha1']}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def fitting(index: SampleIndex, bucket: BucketConfig, *, latent: bool) -> np.ndarray:

@@ -1,7 +1,7 @@
 """How many samples one draw of a bucket takes, so that steps of short and of long clips cost about the same.
 
-A sample of S tokens costs a S^2 + b S (attention and linears). With the recipe's shares w_b of the samples, a draw
-takes
+A sample of S tokens costs a S^2 + b S (attention and linears) and what its text does. With the recipe's shares w_b of
+the samples, a draw takes
 
     n_b ~ C / cost_b,    C chosen so that a draw takes `reference` samples on average:  1 / sum_b (w_b / n_b)
 
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from framework.models.config import training_cost
+from framework.plan.flops import step_flops
 from framework.recipe import Recipe, bucket_tokens
 from framework.text.config import text_length
 
@@ -37,6 +38,8 @@ class Batches:
 
     @property
     def mean(self) -> float:
+        if len(set(self.sizes)) == 1:
+            return float(self.sizes[0])
         return 1 / sum(weight / size for weight, size in zip(self.weights, self.sizes, strict=True))
 
     @property
@@ -69,8 +72,8 @@ def sizes_near(reference: int, spread: float) -> list[int]:
 
 
 def micro_sizes(micro_batch: int, tokens: Sequence[float]) -> tuple[int, ...]:
-    """Samples of one forward of a rank, by bucket. tokens: of a sample on one rank. As many tokens as `micro_batch`
-    samples of the bucket that has the most, since tokens are what memory goes by.
+    """Samples of one forward of a rank, by bucket: as many tokens as `micro_batch` samples of the bucket that has the
+    most, since tokens are what memory goes by. tokens: of a sample on one rank, text included.
     """
     most = max(tokens)
     return tuple(micro_batch * max(1, int(most // each)) for each in tokens)
@@ -87,8 +90,9 @@ def plan_batches(recipe: Recipe) -> Batches:
 def sample_costs(recipe: Recipe) -> list[float]:
     """FLOPs of training on one sample of each bucket."""
     a, b = training_cost(recipe.model, text=text_length(recipe.text))
+    c = step_flops(recipe.model, tokens=0, text=text_length(recipe.text)).total
     tokens = [bucket_tokens(recipe, index).num_tokens for index in range(len(recipe.data.buckets))]
-    return [a * each**2 + b * each for each in tokens]
+    return [a * each**2 + b * each + c for each in tokens]
 
 
 def _budget(costs: Sequence[float], shares: Sequence[float], reference: int, spread: float) -> float:

@@ -108,6 +108,10 @@ class BatchBuilder:
         """Latent channels."""
         return self._form.channels
 
+    def close(self) -> None:
+        """End the decoding processes."""
+        self._pool.close()
+
     def latent_shape(self, bucket: int) -> LatentShape:
         """The latent of a bucket."""
         return self._form.shape(self._buckets[bucket])
@@ -162,7 +166,7 @@ class BatchBuilder:
             uids=tuple("" if slot is None else slot.uid for slot in slots),
             draws=tuple("" if slot is None else slot.draw for slot in slots),
             positions=tuple(-1 if slot is None else slot.position for slot in slots),
-            step_samples=micro.step_samples,
+            bucket_samples=micro.bucket_samples,
             bucket=micro.bucket,
             clip=bucket.clip,
             latent=self.latent_shape(micro.bucket),

@@ -19,7 +19,6 @@ import hashlib
 import logging
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from urllib.parse import quote
 
 import xxhash
 
+from framework.data.patience import BadShard, Closed, Patience
 from framework.data.shards import ShardDirectory, ShardFile
 from framework.storage.request import PassingError
 
@@ -40,18 +40,9 @@ PARTIAL = ".partial"
 POLL = 0.02  # seconds between two looks at what another process does
 FIRST_PAUSE = 0.1  # seconds between two tries
 LONGEST_PAUSE = 5.0
-PROGRESS = 8 << 20  # bytes after which earlier trouble is forgotten
 STALL = 15.0  # seconds; a download that is slower than LEAST_RATE for so long is begun again
 LEAST_RATE = 16 << 10  # bytes a second
 PIECE = 4 << 20  # bytes hashed at once
-
-
-class BadShard(OSError):
-    """A data file that can't be had whole. The message names its place and says why."""
-
-
-class Closed(Exception):
-    """The cache was closed meanwhile."""
 
 
 class Held:
@@ -94,36 +85,6 @@ class Place:
     @property
     def partial(self) -> Path:
         return self.path.with_name(self.path.name + PARTIAL)
-
-
-class Patience:
-    """How long a file's download is tried again: seconds since the trouble began, less what was made good since."""
-
-    def __init__(self, seconds: float, closed: threading.Event, name: str) -> None:
-        self._seconds, self._closed, self._name = seconds, closed, name
-        self._begin: float | None = None
-        self._done, self._pause = 0, FIRST_PAUSE
-
-    def start(self) -> None:
-        """Another process tries already: if it gives up, this one has waited as long."""
-        self._begin = self._begin or time.monotonic()
-
-    def spend(self, why: str, done: int | None, *, fix: str) -> None:
-        """Wait a little. done: bytes of the file that are there; None where all that came counts for nothing.
-
-        Raises BadShard where there is no time left; Closed.
-        """
-        now = time.monotonic()
-        if self._begin is None or (done is not None and done - self._done >= PROGRESS):
-            self._begin, self._done, self._pause = now, done or 0, FIRST_PAUSE
-            logger.warning("%s: %s; trying again for %g s", self._name, why, self._seconds)
-        if done is None:
-            self._done = sys.maxsize
-        if now + self._pause > self._begin + self._seconds:
-            raise BadShard(f"{self._name} can't be had: {why} (tried for {self._seconds:g} s); {fix}")
-        if self._closed.wait(self._pause):
-            raise Closed
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
 
 class ShardCache:

@@ -32,6 +32,11 @@ class Mover:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def enter(self) -> None:
+        """Make the device this thread's: what a new one has is the first of the machine."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def start(self, batch: Batch) -> OnItsWay:
         """Begin to copy a batch."""
         if self._stream is None:

@@ -175,7 +175,10 @@ def bucket_works(recipe: Recipe, shape: MeshShape, *, frames: Sequence[float] = 
     num = len(recipe.data.buckets)
     tokens = [bucket_tokens(recipe, index).num_tokens for index in range(num)]
     splits = [split_shape(shape, *bucket_degrees(recipe, index)) for index in range(num)]
-    micros = micro_sizes(recipe.data.micro_batch, [n / split.cp for n, split in zip(tokens, splits, strict=True)])
+    micros = micro_sizes(
+        recipe.data.micro_batch,
+        [n / split.cp + text_length(recipe.text) for n, split in zip(tokens, splits, strict=True)],
+    )
     works = []
     for index, size in enumerate(plan_batches(recipe).sizes):
         count, parts = tokens[index], splits[index].replica

@@ -95,6 +95,7 @@ class Loader:
     def _finish(self) -> None:
         """The second thread."""
         try:
+            self._mover.enter()
             while True:
                 item = self._take()
                 if isinstance(item, BaseException):

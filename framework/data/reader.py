@@ -1,7 +1,8 @@
 """The samples of coming micro-batches, begun: rows are read as the store has them, videos go to the decoding processes.
 
 What can't be had is a damaged data file, a row that isn't the index's, or a video that doesn't decode: that ends the
-run by its name, or, where the recipe says so, its sample is left out and counted.
+run by its name, or, where the recipe says so, its sample is left out and counted. A server that stays away ends the run
+in any case: what it holds isn't damaged.
 """
 
 import logging
@@ -13,7 +14,7 @@ from typing import Literal
 from framework.batch import Batch
 from framework.data.buckets import Stream
 from framework.data.builder import BatchBuilder, Begun
-from framework.data.cache import BadShard
+from framework.data.patience import BadShard
 from framework.data.schedule import MicroBatch, Schedule, Slot, Work
 from framework.data.stream import ShardStore, Visit
 
@@ -93,6 +94,7 @@ class Reader:
     def close(self) -> None:
         """End what is under way."""
         self._store.close()
+        self._builder.close()
 
     def _visits(self, micro: MicroBatch) -> list[tuple[Visit, list[int]]]:
         """One visit of each shard that has samples of a micro-batch, and the slots that they are for."""
@@ -109,6 +111,8 @@ class Reader:
         begun: list[Begun | None] = [None] * len(coming.micro.slots)
         for places, result in zip(coming.places or [], coming.results, strict=False):
             if isinstance(result, BadShard):
+                if not result.damaged:
+                    raise result
                 self._lose(str(result))
                 continue
             for place, row in zip(places, result, strict=True):
@@ -135,7 +139,7 @@ class Reader:
         if begun.frames is None:
             return True
         error = begun.frames.exception()
-        if isinstance(error, (ValueError, OSError)):
+        if isinstance(error, ValueError):
             self._lose(f"the video {begun.slot.uid} can't be decoded: {error}")
         elif error is not None:
             raise error

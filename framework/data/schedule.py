@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Slot:
-    """One sample of a step. position: its place among the step's samples. draw: names the draw in keys."""
+    """One sample of a step. position: its place among those of its bucket in the step. draw: names the draw in keys."""
 
     position: int
     bucket: int
@@ -40,7 +40,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Draws:
-    """A bucket's samples in a step, `n` each, in the order of streams and shards. positions: of slots among the step's.
+    """A bucket's samples in a step, `n` each, in the order of streams and shards. positions: in the order of the draws.
     samples: in their streams.
     """
 
@@ -64,11 +64,13 @@ class Place:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward of one rank: slots of one bucket, None where it is empty. step_samples: of all ranks in its step."""
+    """One forward of one rank: slots of one bucket, None where it is empty. bucket_samples: of its bucket in its step,
+    over all ranks.
+    """
 
     bucket: int
     slots: tuple[Slot | None, ...]
-    step_samples: int
+    bucket_samples: int
 
 
 @dataclass(frozen=True)
@@ -125,19 +127,18 @@ class Schedule:
 
     def __getitem__(self, step: int) -> Work:
         by_bucket = self.draws(step)
-        total = sum(len(draws) for draws in by_bucket)
         micro: list[MicroBatch] = []
         for draws in by_bucket:
             place, size = self._places[draws.bucket], self._micro_sizes[draws.bucket]
             mine = [None if i is None else self._slot(draws, i) for i in share(len(draws), place)]
-            micro += cut(draws.bucket, mine, size, step_samples=total)
+            micro += cut(draws.bucket, mine, size, bucket_samples=len(draws))
         counts = {draws.bucket: len(draws) for draws in by_bucket}
         return Work(step, tuple(micro), tuple(counts.get(bucket, 0) for bucket in range(len(self._config.buckets))))
 
     def slots(self, step: int) -> list[Slot]:
         """The step's slots over all ranks, in order: the same on every mesh."""
         made = [self._slot(draws, i) for draws in self.draws(step) for i in range(len(draws))]
-        return sorted(made, key=lambda slot: slot.position)
+        return sorted(made, key=lambda slot: (slot.bucket, slot.position))
 
     def counts(self, step: int) -> tuple[int, ...]:
         """Samples of each bucket in a step."""
@@ -157,13 +158,10 @@ class Schedule:
         """Each bucket's samples of a step, for the buckets that have any."""
         drawn = self._drawn(step)
         before = self._buckets.before(step * self._config.rounds)
-        sizes = np.array(self.batches.sizes)
-        ends = np.cumsum(sizes[drawn])
         found = []
         for bucket in sorted(set(drawn.tolist())):
             size = self.batches.sizes[bucket]
-            positions = np.concatenate([np.arange(end - size, end) for end in ends[drawn == bucket]])
-            found.append(self._look_up(bucket, before[bucket] * size, positions))
+            found.append(self._look_up(bucket, before[bucket] * size, size * int((drawn == bucket).sum())))
         return found
 
     def waste(self, steps: int = 64) -> float:
@@ -179,17 +177,17 @@ class Schedule:
         """The buckets of a step's rounds."""
         return self._buckets.components(step * self._config.rounds, (step + 1) * self._config.rounds)
 
-    def _look_up(self, bucket: int, first: int, positions: np.ndarray) -> Draws:
-        """The samples of a bucket's draws from number `first`."""
+    def _look_up(self, bucket: int, first: int, count: int) -> Draws:
+        """`count` samples of a bucket, from number `first`."""
         source, used = self._sources[bucket], self._used[bucket]
-        components = source.components(first, first + len(positions))
-        streams, epochs, samples = (np.empty(len(positions), dtype=np.int64) for _ in range(3))
+        components = source.components(first, first + count)
+        streams, epochs, samples = (np.empty(count, dtype=np.int64) for _ in range(3))
         for place, start in enumerate(source.before(first)):
             where = components == place
             streams[where] = used[place]
             epochs[where], samples[where] = self._orders[bucket][used[place]].run(start, int(where.sum()))
         order = np.lexsort((samples, streams))
-        return Draws(bucket, positions[order], streams[order], epochs[order], samples[order])
+        return Draws(bucket, order, streams[order], epochs[order], samples[order])
 
     def _slot(self, draws: Draws, i: int) -> Slot:
         stream, sample = int(draws.streams[i]), int(draws.samples[i])
@@ -210,10 +208,10 @@ def pick(things: Sequence[T], place: Place) -> list[T | None]:
     return [None if i is None else things[i] for i in share(len(things), place)]
 
 
-def cut(bucket: int, slots: Sequence[Slot | None], size: int, *, step_samples: int) -> list[MicroBatch]:
+def cut(bucket: int, slots: Sequence[Slot | None], size: int, *, bucket_samples: int) -> list[MicroBatch]:
     """As few micro-batches of at most `size` as there can be, of about equal sizes: the same on every rank."""
     found, first = [], 0
     for part in even_parts(len(slots), -(-len(slots) // size)):
-        found.append(MicroBatch(bucket, tuple(slots[first : first + part]), step_samples))
+        found.append(MicroBatch(bucket, tuple(slots[first : first + part]), bucket_samples))
         first += part
     return found

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from framework.data.cache import BadShard, Closed, Held, ShardCache
+from framework.data.cache import Held, ShardCache
+from framework.data.patience import BadShard, Closed
 from framework.data.shards import ShardDirectory, read_row
 from framework.storage.directory import Directory
 

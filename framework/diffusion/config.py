@@ -18,7 +18,8 @@ class LogitNormalConfig:
 
 @dataclass(frozen=True)
 class TimestepsConfig:
-    """name: the distribution of the noise level sigma. stratified: the samples of a step share out (0, 1)."""
+    """name: the distribution of the noise level sigma. stratified: the samples of a bucket in a step share
+    out (0, 1)."""
 
     name: Literal["uniform", "logit_normal"] = "uniform"
     logit_normal: LogitNormalConfig | None = None

@@ -51,7 +51,7 @@ class Flow:
         shape = tuple(batch.latents.shape[1:])
         noises = torch.stack([keyed_noise(key(self._seed, "noise", uid=d, step=step), shape) for d in batch.draws])
         sigmas = [
-            self._sigma(draw, place / batch.step_samples, 1 / batch.step_samples, latent=batch.latent, step=step)
+            self._sigma(draw, place / batch.bucket_samples, 1 / batch.bucket_samples, latent=batch.latent, step=step)
             for draw, place in zip(batch.draws, batch.positions, strict=True)
         ]
         return self.mix(batch, noises, sigmas)
@@ -103,8 +103,8 @@ class Flow:
         return noise_level(self._config, u, k)
 
     def _sigma(self, draw: str, stratum: float, width: float, *, latent: LatentShape, step: int) -> float:
-        """stratum, width: the part of (0, 1) that is this sample's where the samples of a step share it out; an empty
-        slot has none.
+        """stratum, width: the part of (0, 1) that is this sample's where those of a bucket in a step share it out; an
+        empty slot has none.
         """
         u = uniform(key(self._seed, "timestep", uid=draw, step=step))
         if self._config.timesteps.stratified and stratum >= 0:

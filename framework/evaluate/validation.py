@@ -63,7 +63,8 @@ class Validation:
         self._slots = held_out_slots(streams, buckets, config.samples, seed)
         places = [Place(mesh.dp.index, mesh.dp.size) for mesh in meshes]
         self._micro = [
-            cut(b, pick(slots, places[b]), micro_batch, step_samples=len(slots)) for b, slots in enumerate(self._slots)
+            cut(b, pick(slots, places[b]), micro_batch, bucket_samples=len(slots))
+            for b, slots in enumerate(self._slots)
         ]
 
     @torch.no_grad()

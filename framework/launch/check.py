@@ -46,17 +46,24 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     recipe.zero.partition_size(shape.dp * shape.cp)
     check_table(recipe)
     check_kernel(recipe, num_gpus=num_gpus)
-    for stream in recipe.data.streams:
-        if num_ranks is None and "://" in stream.path:  # once, and with little patience; ranks have more of it
-            open_source(stream.path).check_readable()
+    if num_ranks is None:  # ranks see for themselves, with more patience
+        check_data(recipe)
+    return shape
+
+
+def check_data(recipe: Recipe) -> None:
+    """Whether the data are there and fit. Raises ValueError, within 10 s where a server can't be read."""
+    validates = recipe.validation.every > 0
+    for path in [*(each.path for each in recipe.data.streams), *(recipe.validation.shards if validates else [])]:
+        if "://" in path:
+            open_source(path).check_readable()
     streams = streams_of(recipe)
     bucket_views(streams, recipe.data.buckets)
-    if recipe.validation.every:
+    if validates:
         held_out = streams_of(recipe, [StreamConfig(path) for path in recipe.validation.shards])
         bucket_views(held_out, recipe.data.buckets)
         if recipe.validation.held_out:
             check_held_out(streams, held_out)
-    return shape
 
 
 def check_table(recipe: Recipe) -> None:

@@ -120,6 +120,8 @@ def shrink_buckets(recipe: Recipe, *, modulus: int) -> list[BucketConfig]:
                 height=strides.height * height,
                 width=strides.width * width * (tokens // frames),
                 fps=None,
+                max_crop=1.0,
+                scores={},
             )
         )
     return buckets

@@ -6,9 +6,9 @@ import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from tempfile import gettempdir
+from threading import Lock
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import nn
 
 from framework.checkpoint.fence import Fence, claim, own
 from framework.checkpoint.source import CheckpointSource, check_config, fill, open_source
-from framework.data.buckets import Stream, streams_of
+from framework.data.buckets import Stream, identity_of, streams_of
 from framework.data.budget import micro_sizes, plan_batches
 from framework.data.builder import BatchBuilder, LatentForm, TextShape
 from framework.data.cache import ShardCache
@@ -60,14 +60,23 @@ class Encoders:
 
     def __init__(self, recipe: Recipe, device: torch.device | str = "cpu") -> None:
         self._recipe, self.device = recipe, torch.device(device)
+        self._making = Lock()
+        self._tokenizer: Tokenizer | None = None
+        self._text: TextEncoder | None = None
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
-        return build_tokenizer(self._recipe.tokenizer, self.device)
+        with self._making:  # the loader's thread asks too
+            if self._tokenizer is None:
+                self._tokenizer = build_tokenizer(self._recipe.tokenizer, self.device)
+            return self._tokenizer
 
-    @cached_property
+    @property
     def text(self) -> TextEncoder:
-        return build_text_encoder(self._recipe.text, self.device)
+        with self._making:
+            if self._text is None:
+                self._text = build_text_encoder(self._recipe.text, self.device)
+            return self._text
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,8 @@ def bucket_meshes(recipe: Recipe, mesh: Mesh) -> list[Mesh]:
 
 def build_schedule(recipe: Recipe, streams: list[Stream], meshes: list[Mesh]) -> Schedule:
     """What this rank does in each step. meshes: of each bucket."""
-    tokens = [bucket_tokens(recipe, index).num_tokens / mesh.cp.size for index, mesh in enumerate(meshes)]
+    text = text_length(recipe.text)  # which every rank of a replica has whole
+    tokens = [bucket_tokens(recipe, index).num_tokens / mesh.cp.size + text for index, mesh in enumerate(meshes)]
     return Schedule(
         recipe.data,
         streams,
@@ -258,14 +268,37 @@ def open_data(recipe: Recipe, configs: list[StreamConfig]) -> list[Stream]:
     return streams_of(recipe, configs)
 
 
+def agree_on_data(recipe: Recipe, streams: list[Stream], group: Group) -> str:
+    """What the order of samples follows from beside the recipe, as a hash. Raises ValueError where the ranks see other
+    files.
+    """
+    identity = f"{identity_of(streams)}-{'.'.join(map(str, plan_batches(recipe).sizes))}"
+    seen = gather_objects(identity, group)
+    if wrong := [str(rank) for rank, other in enumerate(seen) if other != seen[0]]:
+        paths = ", ".join(stream.config.path for stream in streams)
+        raise ValueError(f"ranks {', '.join(wrong)} see other files in {paths} than rank 0: give every node the same")
+    return identity
+
+
+def check_same_data(recipe: Recipe, stored: str, identity: str) -> None:
+    """Raises ValueError where a checkpoint was trained on other files than there are now."""
+    if stored and stored != identity and "data.streams" not in recipe.resume.allow:
+        raise ValueError(
+            f"the data have changed since the checkpoint of {recipe.run}: samples would be lost and repeated. Bring "
+            f"the former files back, or go on with these by resume.allow=[data.streams]"
+        )
+
+
 def describe_data(recipe: Recipe, streams: list[Stream], mesh: Mesh, run: Run) -> None:
     """What `cuboid data report` says, into the run directory, by rank 0."""
     if mesh.rank == 0:
         write_json(run.path / "data.json", to_json(report_of(recipe, streams, mesh.shape, steps=200)))
 
 
-def build_builder(recipe: Recipe, streams: list[Stream], encoders: Encoders, *, dropout: float) -> BatchBuilder:
-    """The maker of batches."""
+def build_builder(
+    recipe: Recipe, streams: list[Stream], encoders: Encoders, *, dropout: float, workers: int = 0
+) -> BatchBuilder:
+    """The maker of batches. workers: processes that decode."""
     return BatchBuilder(
         streams,
         recipe.data.buckets,
@@ -275,7 +308,7 @@ def build_builder(recipe: Recipe, streams: list[Stream], encoders: Encoders, *, 
         dropout=dropout,
         seed=recipe.seed,
         device=encoders.device,
-        pool=DecodePool(recipe.data.workers),
+        pool=DecodePool(workers),
     )
 
 

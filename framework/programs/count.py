@@ -37,7 +37,15 @@ def count_step(recipe: Recipe, mesh: Mesh) -> Counted:
     build.initialise(engine.fragments(), recipe)
     engine.refresh(updates=0)
     encoders = build.Encoders(recipe)
-    parts = build_parts(recipe, mesh, engine, ema=Ema(engine.fragments(), recipe.ema), encoders=encoders, start=0)
+    parts = build_parts(
+        recipe,
+        mesh,
+        engine,
+        streams=build.open_data(recipe, recipe.data.streams),
+        ema=Ema(engine.fragments(), recipe.ema),
+        encoders=encoders,
+        start=0,
+    )
     for _ in range(WARMUP):
         optimizer_step(parts, parts.loader.next_work())
     before, work = own_traffic(mesh), parts.loader.next_work()

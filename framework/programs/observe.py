@@ -1,6 +1,6 @@
 """What is looked at while training: the validation loss and samples, from the live and the averaged weights."""
 
-from framework.data.buckets import check_held_out
+from framework.data.buckets import Stream, check_held_out
 from framework.data.config import StreamConfig
 from framework.data.device import Mover
 from framework.diffusion.flow import Flow
@@ -22,11 +22,21 @@ class Observer:
     """Validates and samples when the recipe says so."""
 
     def __init__(
-        self, recipe: Recipe, mesh: Mesh, run: Run, *, flow: Flow, engine: Engine, ema: Ema, encoders: build.Encoders
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        run: Run,
+        *,
+        flow: Flow,
+        engine: Engine,
+        ema: Ema,
+        encoders: build.Encoders,
+        streams: list[Stream],
     ) -> None:
+        """streams: that are trained on."""
         self._recipe, self._run = recipe, run
         self._engine, self._ema = engine, ema
-        self._validation = build_validation(recipe, mesh, flow, encoders) if recipe.validation.every else None
+        self._validation = build_validation(recipe, mesh, flow, encoders, streams) if recipe.validation.every else None
         clip = recipe.data.buckets[0].clip
         self._generator = Generator(recipe, encoders, clip, build.this_device(), build.bucket_meshes(recipe, mesh)[0])
 
@@ -77,11 +87,13 @@ class Observer:
                 write_contact_sheet(stem.with_suffix(".png"), [(prompt, video)])
 
 
-def build_validation(recipe: Recipe, mesh: Mesh, flow: Flow, encoders: build.Encoders) -> Validation:
+def build_validation(
+    recipe: Recipe, mesh: Mesh, flow: Flow, encoders: build.Encoders, trained: list[Stream]
+) -> Validation:
     """The held-out clips of the recipe. Raises ValueError when one of them is trained on."""
     streams = build.open_data(recipe, [StreamConfig(path) for path in recipe.validation.shards])
     if recipe.validation.held_out:
-        check_held_out(build.open_data(recipe, recipe.data.streams), streams)
+        check_held_out(trained, streams)
     meshes = build.bucket_meshes(recipe, mesh)
     builder = build.build_builder(recipe, streams, encoders, dropout=0.0)
     return Validation(

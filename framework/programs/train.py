@@ -40,7 +40,7 @@ from framework.programs import build
 from framework.programs.observe import Observer
 from framework.recipe import Recipe, bucket_tokens, resolve_auto
 from framework.run import Resolved, Run, RunFailure, Verdict, recipe_hash, versions
-from framework.shapes import LatentShape, latent_shape
+from framework.shapes import LatentShape
 
 
 class Objective(Protocol):
@@ -65,7 +65,6 @@ class Parts:
     engine: Engine
     ema: Ema
     flow: Objective
-    streams: list[Stream]
     schedule: Schedule
     loader: Loader
     latents: list[LatentShape]
@@ -110,12 +109,17 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
         notes.append(f"the run {recipe.run} is finished: {progress.step} of {recipe.train.steps} steps are done")
     engine.refresh(updates=progress.updates)
     build.begin(fence, progress.step, mesh.control)
-    subject = build_subject(recipe, mesh, shards, run, resumed)
+    streams = build.open_data(recipe, recipe.data.streams)
+    identity = build.agree_on_data(recipe, streams, mesh.control)
+    if resumed is not None:
+        build.check_same_data(recipe, resumed.found.manifest.origin.data, identity)
+    subject = build_subject(recipe, mesh, shards, run, resumed, data=identity)
     saver = Saver(storage, recipe.checkpoint, mesh, fence=fence, subject=subject, fragments=fragments)
     encoders = build.Encoders(recipe, build.this_device())
-    parts = build_parts(recipe, mesh, engine, ema=ema, encoders=encoders, start=progress.step)
-    build.describe_data(recipe, parts.streams, mesh, run)
-    observer = Observer(recipe, mesh, run, flow=build.build_flow(recipe), engine=engine, ema=ema, encoders=encoders)
+    parts = build_parts(recipe, mesh, engine, streams=streams, ema=ema, encoders=encoders, start=progress.step)
+    build.describe_data(recipe, streams, mesh, run)
+    flow = build.build_flow(recipe)
+    observer = Observer(recipe, mesh, run, flow=flow, engine=engine, ema=ema, encoders=encoders, streams=streams)
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
     for text in (*notes, *start_lines(parts, progress, run)):
         report.say(text)
@@ -209,7 +213,7 @@ def loop(
 
 
 def build_subject(
-    recipe: Recipe, mesh: Mesh, shards: list[ParameterShard], run: Run, resumed: Resumed | None
+    recipe: Recipe, mesh: Mesh, shards: list[ParameterShard], run: Run, resumed: Resumed | None, *, data: str
 ) -> Subject:
     """What the checkpoints of this attempt say of themselves."""
     parents = (recipe.init_from,) if recipe.init_from else ()
@@ -220,6 +224,7 @@ def build_subject(
         zero_stage=recipe.zero.stage,
         precision=recipe.precision.parameters,
         recipe=recipe_hash(recipe),
+        data=data,
         versions=versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         parents=parents if resumed is None else (resumed.found.entry.folder,),
@@ -263,12 +268,22 @@ def suspects_of(losses: list[tuple[Tensor, tuple[str, ...]]], mesh: Mesh) -> tup
     return tuple(sorted(bad or [uid for _, uids in everywhere for uid in uids]))
 
 
-def build_parts(recipe: Recipe, mesh: Mesh, engine: Engine, *, ema: Ema, encoders: build.Encoders, start: int) -> Parts:
+def build_parts(
+    recipe: Recipe,
+    mesh: Mesh,
+    engine: Engine,
+    *,
+    streams: list[Stream],
+    ema: Ema,
+    encoders: build.Encoders,
+    start: int,
+) -> Parts:
     """Data, objective and order for the loop."""
-    streams = build.open_data(recipe, recipe.data.streams)
     meshes = build.bucket_meshes(recipe, mesh)
     schedule = build.build_schedule(recipe, streams, meshes)
-    builder = build.build_builder(recipe, streams, encoders, dropout=recipe.text.dropout)
+    reads = any(each.replica.index == 0 for each in meshes)
+    workers = recipe.data.workers if reads else 0
+    builder = build.build_builder(recipe, streams, encoders, dropout=recipe.text.dropout, workers=workers)
     return Parts(
         recipe=recipe,
         mesh=mesh,
@@ -276,10 +291,9 @@ def build_parts(recipe: Recipe, mesh: Mesh, engine: Engine, *, ema: Ema, encoder
         engine=engine,
         ema=ema,
         flow=build.build_flow(recipe),
-        streams=streams,
         schedule=schedule,
         loader=build.build_loader(recipe, streams, builder, schedule, meshes=meshes, start=start),
-        latents=[latent_shape(bucket.clip, encoders.tokenizer.strides) for bucket in recipe.data.buckets],
+        latents=[builder.latent_shape(index) for index in range(len(recipe.data.buckets))],
         num_tokens=[bucket_tokens(recipe, index).num_tokens for index in range(len(recipe.data.buckets))],
         expected=schedule.batches.expected(recipe.data.rounds),
     )

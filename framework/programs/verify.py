@@ -87,7 +87,8 @@ def observe(recipe: Recipe, env: Environment, *, steps: int) -> Observation | No
     engine.refresh(updates=0)
     needed = replace(recipe, train=replace(recipe.train, steps=max(1, steps)))
     ema = Ema([], recipe.ema)
-    parts = build_parts(needed, mesh, engine, ema=ema, encoders=build.Encoders(recipe), start=0)
+    streams = build.open_data(recipe, recipe.data.streams)
+    parts = build_parts(needed, mesh, engine, streams=streams, ema=ema, encoders=build.Encoders(recipe), start=0)
     flow = RecordingFlow(parts.flow)
     parts = replace(parts, flow=flow)
     losses: list[float] = []

@@ -12,6 +12,7 @@ Shapes: B captions, L = max_length tokens with the end token, D = d_model.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class HfEncoder:
         model_path, tokenizer_path = find_directories(config.path)
         from transformers import AutoTokenizer
 
+        self._alone = Lock()  # a tokenizer is told how to pad in itself, and threads share it
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
         if not self._tokenizer("").input_ids:
             raise ValueError(f"the tokenizer in {tokenizer_path} gives '' no token: it must append its end token")
@@ -68,9 +70,10 @@ class HfEncoder:
     @torch.no_grad()
     def _encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         texts = [clean_caption(caption) if self._clean else caption for caption in captions]
-        tokens = self._tokenizer(
-            texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).to(self._model.device)
+        with self._alone:
+            tokens = self._tokenizer(
+                texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+            ).to(self._model.device)
         hidden_bld = self._model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         mask_bl = tokens.attention_mask.bool()
         return hidden_bld.to(torch.float32).masked_fill(~mask_bl[..., None], 0.0), mask_bl

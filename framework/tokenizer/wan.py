@@ -11,6 +11,7 @@ Shapes: b clips, c channels, t h w latent frames, rows, columns; pixels `b 3 T H
 """
 
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class WanTokenizer:
         self.channels = len(vae.mean)
         self.version = tokenizer_version(TokenizerConfig(name="wan", wan=config))
         self.latent_mean, self.latent_scale = torch.tensor(vae.mean), torch.tensor(vae.std)
+        self._alone = Lock()  # the model keeps a clip's past in itself while it works, and threads share it
         self._model = load_vae(vae, getattr(torch, config.dtype)).to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -60,7 +62,8 @@ class WanTokenizer:
             raise ValueError(f"the video has {colours} channels; the wan tokenizer takes 3 (red, green, blue)")
         latent = latent_shape(ClipShape(frames, height, width), self.strides)
         video = video_bcthw.to(self._model.device, self._model.dtype)
-        raw = self._model.encode(video).latent_dist.mode().to(torch.float32)
+        with self._alone:
+            raw = self._model.encode(video).latent_dist.mode().to(torch.float32)
         assert raw.shape[1:] == (self.channels, latent.frames, latent.height, latent.width), (raw.shape, latent)
         mean, scale = self._constants(raw)
         return ((raw - mean) / scale).to(video_bcthw.device)
@@ -73,7 +76,8 @@ class WanTokenizer:
             raise ValueError(f"the latents have {latents_bcthw.shape[1]} channels; this tokenizer has {self.channels}")
         latents = latents_bcthw.to(self._model.device, torch.float32)
         mean, scale = self._constants(latents)
-        video: Tensor = self._model.decode((latents * scale + mean).to(self._model.dtype)).sample
+        with self._alone:
+            video: Tensor = self._model.decode((latents * scale + mean).to(self._model.dtype)).sample
         return video.to(latents_bcthw.device, torch.float32)
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Resume is the uninterrupted run: SIGKILL of all ranks, bit for bit, in every ZeRO stage and precision."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -126,3 +127,15 @@ def test_too_many_skipped_updates_end_the_run(tmp_path: Path) -> None:
     assert [(line["step"], line["skipped"], line["uids"]) for line in lines] == [
         (step, True, ["clip0@0"] * 2) for step in (1, 2)
     ]
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    """The order of samples follows from the files: another one of them would lose and repeat samples, silently."""
+    shards = write_latents(tmp_path / "latents")
+    recipe = write_recipe(tmp_path, shards, ["train.steps=2", "checkpoint.every=2"])
+    run_ranks(ranks.train, 1, recipe, ["optimizer.decay_steps=8"])
+    shutil.rmtree(shards)
+    write_latents(shards, num_samples=9)
+    with pytest.raises(RanksFailed, match=r"the data have changed since the checkpoint.*resume.allow=\[data.streams\]"):
+        run_ranks(ranks.train, 1, recipe, ["train.steps=4"])
+    run_ranks(ranks.train, 1, recipe, ["train.steps=4", "resume.allow=[data.streams]"])

@@ -16,7 +16,8 @@ from faulty import Fault, FaultyProxy
 from made_shards import cached, made, row
 from object_store import ObjectStore
 
-from framework.data.cache import BadShard, ShardCache
+from framework.data.cache import ShardCache
+from framework.data.patience import BadShard
 from framework.data.shards import ShardDirectory, open_shards
 from framework.data.stream import ShardStore, Visit
 from framework.storage.s3 import S3

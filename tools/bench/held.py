@@ -37,7 +37,7 @@ class HeldBatches:
         micros = [
             micro
             for b, members in enumerate(groups)
-            for micro in cut(b, pick(members, places[b]), size, step_samples=len(slots))
+            for micro in cut(b, pick(members, places[b]), size, bucket_samples=len(slots))
         ]
         self.work = Work(0, tuple(micros), tuple(len(members) for members in groups))
         self.latents = [latent_shape(bucket.clip, strides) for bucket in buckets]
@@ -59,7 +59,7 @@ class HeldBatches:
             uids=tuple(slot.uid for slot in chosen),
             draws=tuple(slot.draw for slot in chosen),
             positions=tuple(slot.position for slot in chosen),
-            step_samples=micro.step_samples,
+            bucket_samples=micro.bucket_samples,
             bucket=micro.bucket,
             clip=self._recipe.data.buckets[micro.bucket].clip,
             latent=latent,

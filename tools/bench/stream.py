@@ -39,9 +39,10 @@ import numpy as np
 from interleave import orders
 from machine import ROOT, machine
 
-from framework.data.cache import BadShard, ShardCache
+from framework.data.cache import ShardCache
 from framework.data.index import SampleInfo
 from framework.data.order import Order, View
+from framework.data.patience import BadShard
 from framework.data.shard_writer import ShardWriter
 from framework.data.shards import LATENT_SCHEMA, Caption, LatentSample, ShardDirectory, open_shards
 from framework.data.stream import ShardStore, Visit

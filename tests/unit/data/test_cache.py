@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from made_shards import Remote, cached, made, row
 
-from framework.data.cache import BadShard, Closed, ShardCache
+from framework.data.cache import ShardCache
+from framework.data.patience import BadShard, Closed
 from framework.data.shards import ShardDirectory, read_row
 from framework.storage.request import PassingError
 

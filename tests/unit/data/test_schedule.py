@@ -83,24 +83,24 @@ def test_every_mesh_deals_the_same_slots_evenly(dp: int, micro_batch: int) -> No
     for step in (0, 1, 29, 100_000):
         works = [build(data, MIXED, Place(i, dp), sizes=(7, 4), micro=micro_batch)[step] for i in range(dp)]
         dealt = [slot for work in works for slot in members(work.micro_batches)]
-        assert sorted(dealt, key=lambda slot: slot.position) == reference.slots(step)
+        assert sorted(dealt, key=lambda slot: (slot.bucket, slot.position)) == reference.slots(step)
         shapes = {tuple((m.bucket, len(m.slots)) for m in work.micro_batches) for work in works}
         assert len(shapes) == 1, "as many micro-batches of the same bucket and size on every rank"
         assert all(1 <= size <= micro_batch for _, size in shapes.pop())
         assert {work.counts for work in works} == {tuple(Counter(s.bucket for s in dealt)[b] for b in (0, 1))}
         assert all(slot.bucket == m.bucket for w in works for m in w.micro_batches for slot in m.slots if slot)
-        assert {m.step_samples for w in works for m in w.micro_batches} == {works[0].num_samples}
+        assert all(m.bucket_samples == w.counts[m.bucket] for w in works for m in w.micro_batches)
         assert (
             works[0].counts == reference.counts(step)
             and sum(n // s for n, s in zip(works[0].counts, (7, 4), strict=True)) == 3
         )
-        assert [slot.position for slot in reference.slots(step)] == list(range(works[0].num_samples))
+        assert [slot.position for slot in reference.slots(step)] == [i for n in works[0].counts for i in range(n)]
 
 
 def test_deal_by_hand() -> None:
     slots = [Slot(i, 0, 0, i, str(i), str(i)) for i in range(7)]
     dealt = [pick(slots, Place(index, 2)) for index in (0, 1)]
-    first, second = (cut(0, mine, 3, step_samples=7) for mine in dealt)
+    first, second = (cut(0, mine, 3, bucket_samples=7) for mine in dealt)
     assert [[slot and slot.position for slot in m.slots] for m in first] == [[0, 1], [2, 3]]
     assert [[slot and slot.position for slot in m.slots] for m in second] == [[4, 5], [6, None]]
 
@@ -179,3 +179,14 @@ def test_any_step_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found) == len({slot.sample for slot in found}) == 16 and work.num_samples == 256
     epochs, samples = Order(views[0][0], 7, 8).run(3 * 10**8 + 12345, 256)
     assert set(epochs.tolist()) == {3} and len({sample // 100 for sample in samples.tolist()}) <= 8
+
+
+def test_positions_stratify_each_bucket() -> None:
+    """Noise levels are stratified by position / bucket_samples: every bucket's places fill its own range."""
+    data = config(global_batch=20, lengths=(5, 9), weights=(1.0, 4.0), rounds=4)
+    for step in range(8):
+        micros = build(data, MIXED, sizes=(2, 8), micro=3)[step].micro_batches
+        for bucket in {micro.bucket for micro in micros}:
+            mine = [micro for micro in micros if micro.bucket == bucket]
+            (count,) = {micro.bucket_samples for micro in mine}
+            assert sorted(slot.position for micro in mine for slot in micro.slots if slot) == list(range(count))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from made_shards import Remote, made, row
 
-from framework.data.cache import BadShard, ShardCache
+from framework.data.cache import ShardCache
+from framework.data.patience import BadShard
 from framework.data.shards import ShardDirectory
 from framework.data.stream import MOST_OPEN, ShardStore, Visit
 from framework.storage.directory import Directory

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,14 @@ def test_reading_the_configuration_imports_neither_torch_nor_diffusers(tmp_path:
     root = Path(__file__).parents[3]
     found = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "4 8 wan- []"
+
+
+def test_threads_share_it(tmp_path: Path) -> None:
+    """The model keeps a clip's past in itself: the loader's thread and the loop's may not mix theirs."""
+    save_vae(tmp_path / "vae", "2.1")
+    tokenizer = build(tmp_path / "vae")
+    clips = [pixels(1, 3, 9, 16, 16) * scale for scale in (1.0, 0.5)]
+    alone = [tokenizer.encode(clip) for clip in clips]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(10):
+            assert all(torch.equal(a, b) for a, b in zip(pool.map(tokenizer.encode, clips), alone, strict=True))
