@@ -7,7 +7,8 @@ import time
 
 logger = logging.getLogger(__name__)
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two tries
+FIRST_PAUSE = 0.1  # seconds between two tries
+LONGEST_PAUSE = 5.0
 PROGRESS = 8 << 20  # bytes after which earlier trouble is forgotten
 
 

@@ -138,6 +138,8 @@ class S3:
             while left and (piece := read(min(PIECE, left))):
                 left -= len(piece)
                 yield piece
+            if left:
+                raise OSError(f"the answer ended {left} bytes early")
         finally:
             if left:
                 body.close()
