@@ -79,8 +79,8 @@ def size_of(path: Path) -> int:
 
 def make_crowd(folder: Path, num_buckets: int) -> tuple[dict[str, Path], list[tuple[ClipShape, float]]]:
     """Streams by name, and the shapes of the buckets: all but the last of latents."""
-    grid = itertools.product((5, 9, 13, 17), (16, 32, 48), (16, 32, 48))
-    shapes = [(ClipShape(*size), 1.0) for size in itertools.islice(grid, num_buckets - 1)]
+    grid = (ClipShape(*size) for size in itertools.product((5, 9, 13, 17), (16, 32, 48), (16, 32, 48)))
+    shapes = [(clip, 1.0) for clip in itertools.islice((c for c in grid if c != reading.VIDEO), num_buckets - 1)]
     samples = [s for clip, _ in shapes for s in reading.make_latents(f"{clip}-", clip, 30)]
     reading.write(folder / "latents", LATENT_SCHEMA, samples)
     reading.write(folder / "videos", VIDEO_SCHEMA, reading.make_videos(folder, 20))
