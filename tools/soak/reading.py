@@ -122,7 +122,7 @@ def read_steps(recipe: Recipe, mesh: Mesh, *, start: int) -> Iterator[tuple[int,
     streams = build.open_data(recipe, recipe.data.streams)
     meshes = build.bucket_meshes(recipe, mesh)
     schedule = build.build_schedule(recipe, streams, meshes)
-    builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0)
+    builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0, workers=recipe.data.workers)
     loader = build.build_loader(recipe, streams, builder, schedule, meshes=meshes, start=start)
     try:
         while True:
