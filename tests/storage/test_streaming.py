@@ -38,7 +38,7 @@ def test_kills(object_store: ObjectStore, tmp_path: Path) -> None:
     environment = dict(os.environ)
     os.environ.update(READER)
     try:
-        soak = stream.build_soak(pool.context(), tmp_path, object_store, seed=5, outages=True, num_steps=120)
+        soak = stream.build_soak(pool.context(), tmp_path, object_store, seed=5, outages=True, kills=8)
         for number in range(8):
             print(f"{number:4} {soak.cycle(stream.MESHES[number % 2] if number < 4 else None)}")
     finally:

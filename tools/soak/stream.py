@@ -32,7 +32,7 @@ from buckets import Server
 
 from framework.launch.local import free_port
 
-NUM_STEPS = 400
+STEPS_A_KILL = 15  # that are expected at most
 SAVES = 2  # a step counts when the steps up to it are a multiple of this, as with checkpoint.every
 CACHE_BYTES = 160_000
 MESHES = ({"dp": 4}, {"dp": 3}, {"dp": 1}, {"dp": 2, "ring": 2}, {"dp": 1, "tp": 2}, {"dp": 1, "ulysses": 2, "tp": 2})
@@ -231,9 +231,7 @@ def upload(folder: Path, bucket: str, prefix: str, environment: dict[str, str]) 
     return f"s3://{bucket}/{prefix}"
 
 
-def build_soak(
-    context: Any, folder: Path, server: Server | None, *, seed: int, outages: bool, num_steps: int = NUM_STEPS
-) -> Soak:
+def build_soak(context: Any, folder: Path, server: Server | None, *, seed: int, outages: bool, kills: int) -> Soak:
     """Make the data, put them where they are read from, and find out what is expected."""
     places = reading.make_data(folder)
     local = reading.write_recipe(folder / "local.yaml", [str(place) for place in places.values()])
@@ -243,7 +241,7 @@ def build_soak(
         urls = [upload(place, "vid", f"{prefix}/{name}", server.environment) for name, place in places.items()]
         recipe = reading.write_recipe(folder / "remote.yaml", urls)
     mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=reading.expected_main, args=(local, num_steps, theirs))
+    process = context.Process(target=reading.expected_main, args=(local, STEPS_A_KILL * kills, theirs))
     process.start()
     expected = mine.recv()
     process.join()
@@ -286,7 +284,9 @@ def main() -> int:
             os.environ.update({"AWS_ACCESS_KEY_ID": "readerkey", "AWS_SECRET_ACCESS_KEY": "readersecret"})
         try:
             begin = time.monotonic()
-            soak = build_soak(build_context(), folder, server, seed=given.seed, outages=given.outages)
+            soak = build_soak(
+                build_context(), folder, server, seed=given.seed, outages=given.outages, kills=given.kills
+            )
             for number in range(given.kills):
                 mesh = MESHES[number % 2] if number < 4 else None  # dp 4, 3, 4, 3, then as it comes
                 print(f"{number:4} {soak.cycle(mesh)}", flush=True)
