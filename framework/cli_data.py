@@ -13,6 +13,7 @@ from framework.data.report_text import report_lines
 from framework.environment import visible_gpus
 from framework.parallel.config import resolve_mesh
 from framework.recipe import load_recipe
+from framework.storage.storage import open_source
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Data before a run: look, and join.")
 
@@ -40,6 +41,9 @@ def report(
             raise ValueError(f"{name} {value} must be at least 1")
     loaded = load_recipe(recipe, overrides or [])
     shape = resolve_mesh(loaded.mesh, num_ranks=ranks, num_gpus=visible_gpus())
+    for stream in loaded.data.streams:
+        if "://" in stream.path:  # with little patience: a server that is away is told at once
+            open_source(stream.path).check_readable()
     streams = streams_of(loaded)
     found = report_of(loaded, streams, shape, steps=steps)
     for text in [json_.dumps(to_json(found))] if json else report_lines(found):

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from framework.checkpoint.config import CheckpointConfig
-from framework.data.config import DataConfig
+from framework.data.config import BucketConfig, DataConfig
 from framework.diffusion.config import FlowConfig, LossConfig, SamplerConfig, SamplesConfig
 from framework.environment import gpu_capability, visible_gpus
 from framework.evaluate.config import ValidationConfig
@@ -301,6 +301,11 @@ def bucket_degrees(recipe: Recipe, index: int) -> tuple[int, int]:
     if bucket.ring is None and bucket.ulysses is None:
         return mesh.ring, mesh.ulysses
     return bucket.ring or 1, bucket.ulysses or 1
+
+
+def sample_bucket(recipe: Recipe) -> BucketConfig:
+    """The bucket whose shape is sampled: the first of more than one frame, else the first."""
+    return next((bucket for bucket in recipe.data.buckets if bucket.frames > 1), recipe.data.buckets[0])
 
 
 def bucket_tokens(recipe: Recipe, index: int) -> TokenShape:

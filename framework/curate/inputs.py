@@ -82,6 +82,15 @@ class Reader:
             raise FileNotFoundError(f"{uri} isn't there")
         return BufferedReader(_Stream(store, name, size), 1 << 24)
 
+    def is_zero(self, uri: str, offset: int, size: int) -> bool:
+        """Whether an object has so many bytes from `offset`, all zero. Raises OSError."""
+        store, name = self.place(uri)
+        if store.list(name).get(name, 0) < offset + size:
+            return False
+        data = bytearray(size)
+        store.read_into(name, offset, [memoryview(data)])
+        return not any(data)
+
     def below(self, url: str) -> dict[str, int]:
         """The objects below a folder or prefix, relative to it -> size. Raises OSError."""
         return open_source(url).list()

@@ -5,12 +5,13 @@ was. Of samples that are in several, the first is kept (data/merge.py).
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from framework.curate.share import share_of_folder
-from framework.data.merge import Contents, Duplicate, joined, moved, without_duplicates, write_top
+from framework.data.merge import REWRITTEN, Contents, Duplicate, joined, moved, without_duplicates, write_top
 from framework.data.parts import RECORD, REPORT
 from framework.data.shard_writer import refuse_other
 from framework.data.shards import EMPTY_TEXT, MARKER, ShardDirectory, json_bytes, open_shards, parse_json
@@ -50,17 +51,47 @@ def merge_directories(urls: Sequence[str], out: str) -> MergeReport:
     folders = [_folder(directory.url, store.url) for directory in directories]
     if twice := [name for name, count in Counter(folder for folder, _ in folders).items() if count > 1]:
         raise ValueError(f"several of the directories are called {twice[0]}: move them below {out} or rename them")
-    contents, copied = [], 0
-    for directory, (folder, inside) in zip(directories, folders, strict=True):
+    contents = []
+    for directory, (folder, _) in zip(directories, folders, strict=True):
         shards = parse_json(directory.store.read("index.json"), f"{directory.url}/index.json")["shards"]
-        if not inside:
-            copied += _copy(directory, store, folder)
         contents.append(Contents(moved(shards, folder), directory.index))
+    _check_out(store, {_name_of(shard): _hash_of(shard) for each in contents for shard in each.shards})
+    copied = sum(
+        _copy(directory, store, folder)
+        for directory, (folder, inside) in zip(directories, folders, strict=True)
+        if not inside
+    )
     whole, duplicates = without_duplicates(store, joined(contents))
     write_top(store, identity, whole, files)
     report = MergeReport(store.url, tuple(sources), len(whole.index), copied, tuple(duplicates))
     store.put(REPORT, json_bytes({"duplicates": [asdict(each) for each in duplicates]}))
     return report
+
+
+def _check_out(store: Storage, coming: Mapping[str, str]) -> None:
+    """Raises ValueError where the new place holds data that the sources don't. coming: file -> sha1."""
+    names = store.list()
+    if "index.json" not in names:
+        return
+    fix = "merge it too, by its folders, or name another --out"
+    if MARKER not in names:
+        raise ValueError(f"{store.url} holds an index.json that isn't of `cuboid`: name another --out")
+    for shard in parse_json(store.read("index.json"), f"{store.url}/index.json")["shards"]:
+        name = _name_of(shard)
+        if name.startswith(f"{REWRITTEN}/"):
+            continue
+        if name not in coming:
+            raise ValueError(f"{store.url} holds {name} already, which isn't among what is to be merged: {fix}")
+        if coming[name] != _hash_of(shard):
+            raise ValueError(f"{store.url} holds another {name} already than is to be merged: {fix}")
+
+
+def _name_of(shard: Mapping[str, Any]) -> str:
+    return str(shard["raw_data"]["basename"])
+
+
+def _hash_of(shard: Mapping[str, Any]) -> str:
+    return str(shard["raw_data"]["hashes"]["sha1"])
 
 
 def merge_lines(report: MergeReport) -> list[str]:

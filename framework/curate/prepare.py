@@ -68,6 +68,9 @@ def prepare(
             if isinstance(item, Skip):
                 skipped.append(item)
                 continue
+            if item.name in names:
+                skipped.append(Skip(item.name, "duplicate", "the source has another one of that name"))
+                continue
             names.add(item.name)
             skip = _write(writer, item, lines.get(item.name, item.line), owners, config)
             skipped += [skip] if skip else []
@@ -84,7 +87,14 @@ def prepare(
         report = PrepareReport(writer.url, writer.num_samples, frames, tuple(skipped), kept)
         content = asdict(report) | {"num_skipped": report.num_skipped}
         del content["out"]
-        writer.put(REPORT, json_bytes(content))
+        unread = [skip for skip in skipped if skip.reason == "can't be read"]
+        if not unread or share.count == 1:
+            writer.put(REPORT, json_bytes(content))  # without it a share doesn't count as finished
+    if unread:
+        raise OSError(
+            f"{len(unread)} of the inputs can't be read, {unread[0].file} for one: {unread[0].detail}; the others are "
+            f"written: run it again, it goes on with these"
+        )
     return report
 
 
@@ -130,7 +140,7 @@ def _write(
         video = item.read()
     except FileNotFoundError as error:
         return Skip(name, "no such file", str(error))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a server's trouble; a URI of no store
         return Skip(name, "can't be read", str(error))
     if len(video) > MAX_SAMPLE_BYTES:
         return _too_large(name, len(video))

@@ -22,6 +22,7 @@ _SAID = ("caption", "captions", "source", "licence", "scores")
 _SIDECARS = (".txt", ".json")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _LARGEST_SIDECAR = 1 << 24
+TAR_END = 1024  # bytes, all zero, that end a tar; tarfile takes anything that is no header for the end
 
 
 def tar_urls(source: str, reader: Reader) -> list[str]:
@@ -47,6 +48,9 @@ def tar_inputs(urls: list[str], reader: Reader, share: Share) -> Found:
         try:
             with reader.open(url) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
                 yield from _samples(tar, name)
+                end = tar.offset
+            if not reader.is_zero(url, end, TAR_END):
+                yield Skip(name, "broken", f"{url} ends or is damaged at byte {end}, after what was read of it")
         except FileNotFoundError as error:
             yield Skip(name, "no such file", str(error))
         except tarfile.TarError as error:

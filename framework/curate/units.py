@@ -68,9 +68,14 @@ class Unit:
 
 
 def segment_starts(info: SampleInfo, bucket: BucketConfig) -> list[int]:
-    """First source frames of the consecutive segments of a video for a bucket; none when the video doesn't fit."""
+    """First source frames of the consecutive segments of a video for a bucket; none when the video doesn't fit. As
+    images, one frame a second: neighbours are nearly the same.
+    """
+    if misfit(info, bucket):
+        return []
     span = num_source_frames(bucket.frames, info.fps, bucket.fps)
-    return [] if misfit(info, bucket) else [k * span for k in range(info.frames // span)]
+    step = span if bucket.frames > 1 else max(1, round(info.fps))
+    return list(range(0, info.frames - span + 1, step))
 
 
 def list_units(
@@ -117,7 +122,7 @@ def list_tails(source: ShardDirectory, units: Sequence[Unit], broken: Container[
     for unit in units:
         fps, frames = float(source.index.fps[unit.index]), int(source.index.frames[unit.index])
         rest = frames % num_source_frames(unit.bucket.frames, fps, unit.bucket.fps)
-        if rest and unit.name not in broken:
+        if unit.bucket.frames > 1 and rest and unit.name not in broken:
             found.append(Tail(unit.uid, unit.bucket.name, rest))
     return found
 
@@ -139,11 +144,16 @@ def _said_of(source: ShardDirectory) -> dict[str, str]:
         records = read_records(source.store.read, parts_below(source.store))
     except OSError as error:
         raise ValueError(str(error)) from None
-    found: dict[str, str] = {}
+    found: dict[str, set[str]] = {}
     for item in inputs_of(records):
         for uid in item["uids"]:
-            found.setdefault(uid, item["fingerprint"])
-    return found
+            found.setdefault(uid, set()).add(item["fingerprint"])
+    said = {uid: fingerprints.pop() for uid, fingerprints in found.items() if len(fingerprints) == 1}
+    # Merged of several that say different things: which of them the sample has, only its file tells.
+    for index in range(len(source)):
+        if (uid := source.index.uid(index)) in found and uid not in said:
+            said[uid] = _hash([*sorted(found[uid]), source.shard_sha1(index)])
+    return said
 
 
 def _hash(value: list[Any]) -> str:

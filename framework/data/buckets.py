@@ -6,6 +6,7 @@ shape. A bucket may also ask for the least value of a score, and for the most th
 several buckets; a bucket without any is refused.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -143,11 +144,22 @@ def bucket_views(streams: list[Stream], buckets: list[BucketConfig]) -> list[lis
             largest = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes, reverse=True)[:3])
             count = sum(len(stream.shards) for stream in streams)
             raise ValueError(
-                f"no sample fits the bucket {bucket.clip}: the {count} samples of the streams are {largest}"
-                f"{', ...' if len(shapes) > 3 else ''} (frames x height x width); latents need exactly the "
-                f"bucket's shape"
+                f"no sample fits the bucket {bucket.name}: the {count} samples of the streams are {largest}"
+                f"{', ...' if len(shapes) > 3 else ''} (frames x height x width); {_reasons(streams, bucket)}"
             )
     return views
+
+
+def _reasons(streams: list[Stream], bucket: BucketConfig) -> str:
+    """How many samples don't fit for which reason."""
+    counts = Counter[str]()
+    for stream in streams:
+        latent = stream.shards.schema == LATENT_SCHEMA
+        for reason, which in misfits(stream.shards.index, bucket, latent=latent).items():
+            counts[reason + ("; latents need exactly the bucket's shape" if reason == "another shape" else "")] += (
+                which.sum()
+            )
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
 
 
 def view_of(stream: Stream, index: int, bucket: BucketConfig) -> View:

@@ -87,7 +87,7 @@ class LossConfig:
 class SamplerConfig:
     """Euler steps; guidance leads away from the prompt `negative`, and 1 needs no pass for it; shift None takes the
     training shift. levels: before the shift, even falls in equal steps to 1 / steps and then to 0; diffusers is the
-    grid of its FlowMatchEulerDiscreteScheduler. fps of the file written: None takes the first bucket's, else 24.
+    grid of its FlowMatchEulerDiscreteScheduler. fps of the file written: None takes the sampled bucket's, else 24.
     """
 
     steps: int = 30
@@ -108,7 +108,7 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """Videos sampled while training, from the live weights, in the shape of the first bucket.
+    """Videos sampled while training, from the live weights, in the shape of the first bucket of more than one frame.
 
     every: steps, 0 = never. prompts: a video each. seed: of their noise.
     """

@@ -17,7 +17,7 @@ from framework.models.patchify import patchify, unpatchify_output
 from framework.parallel.context_parallel.tokens import join_tokens, split_tokens
 from framework.parallel.mesh import Mesh
 from framework.programs.build import Encoders
-from framework.recipe import Recipe
+from framework.recipe import Recipe, sample_bucket
 from framework.shapes import ClipShape, LatentShape, latent_shape
 
 
@@ -33,8 +33,8 @@ class Generator:
 
     @property
     def fps(self) -> float:
-        """Frames a second of the result: the sampler's, else the first bucket's, else 24."""
-        return self.recipe.sampler.fps or self.recipe.data.buckets[0].fps or 24.0
+        """Frames a second of the result: the sampler's, else the bucket's that is sampled, else 24."""
+        return self.recipe.sampler.fps or sample_bucket(self.recipe).fps or 24.0
 
     def __call__(
         self, models: Experts, prompts: Sequence[str], *, seed: int, first: FirstFrame | None = None

@@ -14,7 +14,7 @@ from framework.parallel.mesh import Mesh
 from framework.parallel.zero.engine import Engine
 from framework.programs import build
 from framework.programs.generate import Generator
-from framework.recipe import Recipe
+from framework.recipe import Recipe, sample_bucket
 from framework.run import Run
 
 
@@ -37,8 +37,11 @@ class Observer:
         self._recipe, self._run = recipe, run
         self._engine, self._ema = engine, ema
         self._validation = build_validation(recipe, mesh, flow, encoders, streams) if recipe.validation.every else None
-        clip = recipe.data.buckets[0].clip
-        self._generator = Generator(recipe, encoders, clip, build.this_device(), build.bucket_meshes(recipe, mesh)[0])
+        bucket = sample_bucket(recipe)
+        place = recipe.data.buckets.index(bucket)
+        self._generator = Generator(
+            recipe, encoders, bucket.clip, build.this_device(), build.bucket_meshes(recipe, mesh)[place]
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether something happens after this step."""

@@ -20,7 +20,7 @@ from framework.programs import build
 from framework.programs.generate import Generator
 from framework.programs.local import LocalModel, empty_model
 from framework.programs.pipeline import Pipeline, build_generator, first_frame, load_experts
-from framework.recipe import Recipe
+from framework.recipe import Recipe, sample_bucket
 from framework.run import recipe_of_run
 from framework.shapes import ClipShape
 
@@ -52,11 +52,13 @@ def sample(path: Path, request: SampleRequest) -> str:
     device = build.this_device()
     model = load_model(recipe, reader, weights=request.weights, device=device)
     encoders = build.Encoders(recipe, device)
-    generator = Generator(recipe, encoders, recipe.data.buckets[0].clip, device, lone_mesh())
+    generator = Generator(recipe, encoders, sample_bucket(recipe).clip, device, lone_mesh())
     (video,) = generator(Experts.lone(LocalModel(model)), [request.prompt], seed=request.seed)
+    averaged = any(name.startswith("ema.") for name in reader.tensors)
+    weights = f"{request.weights} weights" if averaged or request.weights == "raw" else "raw weights (no average)"
     step = reader.found.manifest.progress.step
     written = write(request.out, request.prompt, video, generator.fps)
-    return f"{written}: {generator.clip} from step {step}, {request.weights} weights"
+    return f"{written}: {generator.clip} from step {step}, {weights}"
 
 
 @dataclass(frozen=True)

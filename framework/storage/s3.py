@@ -42,7 +42,7 @@ FIXES: Final = (
     (("SignatureDoesNotMatch",), "the secret key is wrong: set AWS_SECRET_ACCESS_KEY"),
     (
         ("AccessDenied", "403"),
-        "these credentials may not do that: ask for the right to list and read; for checkpoints to write and delete",
+        "these credentials may not do that: ask for the right to list and read; to write also to write and delete",
     ),
     (("ExpiredToken",), "the credentials have expired: renew them"),
 )
