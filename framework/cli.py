@@ -58,6 +58,8 @@ def prepare(
     report = run_prepare(source, captions, out, config=PrepareConfig(min_frames=min_frames), share=share)
     for text in prepare_lines(report):
         log.line(text)
+    if report.num_unread:
+        raise RunFailure(f"{report.num_unread} inputs can't be read; the others are written: run it again for these")
 
 
 @app.command()

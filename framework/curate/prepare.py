@@ -42,6 +42,11 @@ class PrepareReport:
         """Reason -> how many inputs were skipped for it."""
         return dict(sorted(Counter(skip.reason for skip in self.skipped).items()))
 
+    @property
+    def num_unread(self) -> int:
+        """How many inputs can't be read, which may be mended: running it again goes on with them."""
+        return self.num_skipped.get("can't be read", 0)
+
 
 def prepare(
     source: str | Path, captions: Path | None, out: str | Path, *, config: PrepareConfig, share: Share | None = None
@@ -87,14 +92,8 @@ def prepare(
         report = PrepareReport(writer.url, writer.num_samples, frames, tuple(skipped), kept)
         content = asdict(report) | {"num_skipped": report.num_skipped}
         del content["out"]
-        unread = [skip for skip in skipped if skip.reason == "can't be read"]
-        if not unread or share.count == 1:
+        if not report.num_unread or share.count == 1:
             writer.put(REPORT, json_bytes(content))  # without it a share doesn't count as finished
-    if unread:
-        raise OSError(
-            f"{len(unread)} of the inputs can't be read, {unread[0].file} for one: {unread[0].detail}; the others are "
-            f"written: run it again, it goes on with these"
-        )
     return report
 
 

@@ -68,14 +68,9 @@ class Unit:
 
 
 def segment_starts(info: SampleInfo, bucket: BucketConfig) -> list[int]:
-    """First source frames of the consecutive segments of a video for a bucket; none when the video doesn't fit. As
-    images, one frame a second: neighbours are nearly the same.
-    """
-    if misfit(info, bucket):
-        return []
+    """First source frames of the consecutive segments of a video for a bucket; none when the video doesn't fit."""
     span = num_source_frames(bucket.frames, info.fps, bucket.fps)
-    step = span if bucket.frames > 1 else max(1, round(info.fps))
-    return list(range(0, info.frames - span + 1, step))
+    return [] if misfit(info, bucket) else [k * span for k in range(info.frames // span)]
 
 
 def list_units(
@@ -122,7 +117,7 @@ def list_tails(source: ShardDirectory, units: Sequence[Unit], broken: Container[
     for unit in units:
         fps, frames = float(source.index.fps[unit.index]), int(source.index.frames[unit.index])
         rest = frames % num_source_frames(unit.bucket.frames, fps, unit.bucket.fps)
-        if unit.bucket.frames > 1 and rest and unit.name not in broken:
+        if rest and unit.name not in broken:
             found.append(Tail(unit.uid, unit.bucket.name, rest))
     return found
 

@@ -156,9 +156,8 @@ def _reasons(streams: list[Stream], bucket: BucketConfig) -> str:
     for stream in streams:
         latent = stream.shards.schema == LATENT_SCHEMA
         for reason, which in misfits(stream.shards.index, bucket, latent=latent).items():
-            counts[reason + ("; latents need exactly the bucket's shape" if reason == "another shape" else "")] += (
-                which.sum()
-            )
+            words = f"{reason} (latents need exactly the bucket's)" if reason == "another shape" else reason
+            counts[words] += int(which.sum())
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
 
 

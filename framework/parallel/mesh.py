@@ -174,15 +174,16 @@ def lone_mesh() -> Mesh:
 
 
 def background_group(mesh: Mesh, name: str, purpose: str) -> Group:
-    """One of the mesh's groups once more, on gloo and with a process group of its own, so that what the background
-    sends and what the loop sends never wait for each other. Its patience is that of a store's outage. Collective over
+    """One of the mesh's groups once more, on the control group's backend and with a process group of its own, so that
+    what the background sends and what the loop sends never wait for each other. Its patience is that of a store's outage. Collective over
     the world.
     """
     own: Group = getattr(mesh, name)
     if own.process_group is None:
         return own
+    backend = dist.get_backend(mesh.control.process_group)
     for ranks in group_ranks(mesh.shape, GROUP_AXES[name]):
-        process_group = new_group(ranks, backend="gloo", timeout=timedelta(hours=1)) if len(ranks) > 1 else None
+        process_group = new_group(ranks, backend=backend, timeout=timedelta(hours=1)) if len(ranks) > 1 else None
         if mesh.rank in ranks:
             own = Group(f"{purpose} {name}", ranks, ranks.index(mesh.rank), process_group)
     return own
