@@ -125,4 +125,4 @@ def test_the_training_loop_adds_the_loss_and_the_flag(recipe: Path, tmp_path: Pa
     said = own_ledger(loaded, resolve_mesh(loaded.mesh, num_ranks=4), 0, micros)
     by_group = {group: sum(b for (g, _), (_, b) in said.items() if g == group) for group, _ in said}
     assert sent == {name: by_group.get(name, 0) for name in sent} and by_group.keys() <= sent.keys()
-    assert by_group["world"] == 2 * 3 / 4 * 4 and by_group["control"] == 2 * 3 / 4 * 16
+    assert by_group["world"] == 2 * 3 / 4 * 4 and by_group["control"] == 2 * 3 / 4 * 24
