@@ -140,3 +140,23 @@ def test_a_share_that_is_missing_is_named(videos: Path, tmp_path: Path) -> None:
     prepare(videos, videos / "captions.jsonl", tmp_path, config=SMALL, share=Share(0, 3))
     with pytest.raises(ValueError, match=r"shares of 2 and of 3"):
         merge_directories([str(tmp_path)], str(tmp_path))
+
+
+def test_other_data_are_never_replaced(tmp_path: Path) -> None:
+    """The place holds what isn't to be merged; or another file of the same name, as yesterday's directory had."""
+    for day, numbers in ((1, range(2)), (2, range(2, 4))):
+        write_latents(tmp_path / f"day{day}" / "made", numbers=numbers)
+    merge_directories([str(tmp_path / "day1" / "made")], str(tmp_path / "all"))
+    before = tree(tmp_path / "all")
+    with pytest.raises(ValueError, match=r"holds another made/part-00000/shard.00000.mds already"):
+        merge_directories([str(tmp_path / "day2" / "made")], str(tmp_path / "all"))
+    write_latents(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"holds part-00000/shard.00000.mds already, which isn't among"):
+        merge_directories([str(tmp_path / "day1" / "made")], str(tmp_path / "own"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"an index.json that isn't of `cuboid`"):
+        merge_directories([str(tmp_path / "day1" / "made")], str(tmp_path / "other"))
+    assert tree(tmp_path / "all") == before
+    merge_directories([str(tmp_path / "day1" / "made")], str(tmp_path / "all"))
+    assert tree(tmp_path / "all") == before, "the same again is nothing new"

@@ -14,6 +14,7 @@ from torch import Tensor
 from framework.curate.clips import unpadded
 from framework.curate.config import EncodeConfig
 from framework.curate.encode import EncodeReport, Encoders, encode_shards, read_report
+from framework.curate.merge import merge_directories
 from framework.curate.prepare import prepare
 from framework.curate.share import Share
 from framework.data.buckets import open_streams
@@ -214,3 +215,15 @@ def test_what_can_not_be_is_refused(source: ShardDirectory, whole: Path, tmp_pat
         assert len(open_streams(streams, tokenizer=version, text=text)) == 1
     with pytest.raises(ValueError, match=r"holds texts of the encoder bytes/1-16, the recipe's is bytes/1-64"):
         open_streams(streams, tokenizer=version, text="bytes/1-64")
+
+
+def test_a_text_is_that_of_the_caption_that_stayed(root: Path, tmp_path: Path) -> None:
+    """Two directories say different things of the same videos; merged, the second's stays and its texts are made."""
+    first = prepare_videos(root, tmp_path / "m" / "a", caption="one")
+    prepare_videos(root, tmp_path / "m" / "b", caption="another")
+    encode(first, tmp_path / "la")
+    merge_directories([str(tmp_path / "m" / "b"), str(tmp_path / "m" / "a")], str(tmp_path / "m"))
+    merged = open_shards(tmp_path / "m")
+    encode(merged, tmp_path / "lm", reuse=[tmp_path / "la"])
+    encode(merged, tmp_path / "anew")
+    assert latents_in(tmp_path / "lm") == latents_in(tmp_path / "anew")

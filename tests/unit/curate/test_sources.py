@@ -124,7 +124,12 @@ def test_tars(videos: Path, expected: list[VideoSample], tmp_path: Path) -> None
     whole = (tmp_path / "00002.tar").read_bytes()
     (tmp_path / "00004.tar").write_bytes(whole[: len(whole) // 4])
 
-    report = prepare(f"{tmp_path}/{{00000..00005}}.tar", None, tmp_path / "d", config=SMALL)
+    # Cut between two members, and with a header that is none: tarfile takes both for the end.
+    between = whole.index(b"./set/0005.json")
+    (tmp_path / "00006.tar").write_bytes(whole[:between])
+    (tmp_path / "00007.tar").write_bytes(whole[:between] + b"\xff" * 512 + whole[between + 512 :])
+
+    report = prepare(f"{tmp_path}/{{00000..00007}}.tar", None, tmp_path / "d", config=SMALL)
     assert reasons(report) == {
         "00003.tar/a.mp4": "duplicate",
         "00003.tar/b.mp4": "no caption",
@@ -133,6 +138,10 @@ def test_tars(videos: Path, expected: list[VideoSample], tmp_path: Path) -> None
         "00003.tar/e.mp4": "no caption",
         "00004.tar": "broken",
         "00005.tar": "no such file",
+        "00006.tar": "broken",
+        "00006.tar/set/0004.mp4": "duplicate",
+        "00007.tar": "broken",
+        "00007.tar/set/0004.mp4": "duplicate",
     }
     found = {sample.info.uid: sample for sample in videos_in(tmp_path / "d")}
     assert [found.pop(sample.info.uid) for sample in expected] == expected
