@@ -175,8 +175,8 @@ def lone_mesh() -> Mesh:
 
 def background_group(mesh: Mesh, name: str, purpose: str) -> Group:
     """One of the mesh's groups once more, on the control group's backend and with a process group of its own, so that
-    what the background sends and what the loop sends never wait for each other. Its patience is that of a store's outage. Collective over
-    the world.
+    what the background sends and what the loop sends never wait for each other. Its patience is that of a store's
+    outage. Collective over the world.
     """
     own: Group = getattr(mesh, name)
     if own.process_group is None:
