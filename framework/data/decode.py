@@ -17,6 +17,7 @@ mirroring refused; transparency is dropped, the colours beneath it stay.
 Shapes: `T H W C` uint8: frames, rows, columns, RGB.
 """
 
+import struct
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from fractions import Fraction
@@ -205,8 +206,10 @@ def _wrong_with_image(image: bytes) -> str | None:
     try:
         with Image.open(BytesIO(image)) as opened:
             mirrored = opened.getexif().get(_ORIENTATION) in (2, 4, 5, 7)
-    except OSError:
-        return None  # of a kind that Pillow doesn't know, or damaged, which decoding will say
+    except Image.DecompressionBombError as error:
+        return str(error)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return None  # of a kind that Pillow doesn't know; EXIF that can't be read; or damage, which decoding will name
     return "its EXIF orientation mirrors it, which isn't supported: write it upright" if mirrored else None
 
 

@@ -91,3 +91,20 @@ def test_truncated_image_is_named(file_format: str, options: dict[str, Any], sha
         probe(data[: int(share * len(data))], name="a7")
     with pytest.raises(ValueError, match="a7 is broken"):
         decode_clip(data[: int(share * len(data))], start=0, clip=ClipShape(1, 48, 64), name="a7")
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of sizes and EXIF
+def test_damaged_headers_raise_nothing_else(file_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    data, draw, refused = encoded(picture(), file_format, exif=exif), np.random.default_rng(0), 0
+    for _ in range(600):
+        damaged = bytearray(data)
+        for place in draw.integers(0, 160, draw.integers(1, 6)):
+            damaged[place] = draw.integers(256)
+        try:
+            assert probe(bytes(damaged)).frames == 1
+        except ValueError:
+            refused += 1
+    assert 20 < refused < 590

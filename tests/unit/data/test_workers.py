@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from operator import le
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from framework.shapes import ClipShape
 # Says its workers, begins jobs without end, and waits to be killed.
 PARENT = """
 import os, sys
+from operator import le
 from pathlib import Path
 from framework.data.workers import DecodeJob, DecodePool
 from framework.shapes import ClipShape
@@ -242,16 +244,20 @@ def test_many_shapes_share_the_processes(small: bytes) -> None:
 
         run(4)
         memory = [resident(process) for process in processes]
-        descriptors = [len(os.listdir(f"/proc/{process}/fd")) for process in (os.getpid(), *processes)]
+        descriptors = num_descriptors(processes)
         run(12)
         assert children(os.getpid()) == processes
-        now = [len(os.listdir(f"/proc/{process}/fd")) for process in (os.getpid(), *processes)]
-        # A process may just be closing the one of its last answer.
-        assert all(a <= b + 1 for a, b in zip(now, descriptors, strict=True)), (now, descriptors)
+        # A process closes its own a moment after it has sent it.
+        assert wait_until(lambda: all(map(le, num_descriptors(processes), descriptors)), 5)
         assert max(resident(process) - first for process, first in zip(processes, memory, strict=True)) < 4e6
         assert sum(thread.name.startswith("decode-") for thread in threading.enumerate()) == 2
     assert children(os.getpid()) == []
     assert not any(thread.name.startswith("decode-") for thread in threading.enumerate())
+
+
+def num_descriptors(processes: list[int]) -> list[int]:
+    """Of this process and those."""
+    return [len(os.listdir(f"/proc/{process}/fd")) for process in (os.getpid(), *processes)]
 
 
 def resident(process: int) -> int:
