@@ -255,6 +255,7 @@ def arrange_stop(step: int, place: Place, tell: Callable[[str, Any], None]) -> N
             due.clear()
             tell("stopping", place)
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.05)  # another thread may have taken the signal: this one would go on for a moment
 
     def before(module: Any, name: str, condition: Callable[..., bool]) -> None:
         original = getattr(module, name)
