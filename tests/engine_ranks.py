@@ -14,6 +14,7 @@ from ranks import moments, projection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from framework.data.buckets import streams_of
 from framework.environment import Environment
 from framework.models.layers import compute_dtype
 from framework.models.patchify import patchify
@@ -60,7 +61,7 @@ def open_engine(env: Environment, recipe_path: Path, overrides: list[str]) -> tu
 
 def backwards(recipe: Recipe, mesh: Mesh, engine: Engine, num_steps: int) -> Iterator[int]:
     """Forward and backward of steps; yields each step's number when its gradient is there."""
-    streams = build.open_data(recipe, recipe.data.streams)
+    streams = streams_of(recipe)
     schedule = build.build_schedule(recipe, streams, build.bucket_meshes(recipe, mesh))
     builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0)
     flow = build.build_flow(recipe)
@@ -104,7 +105,7 @@ def written(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple[
     A forward without a backward comes first, so that stage 2 holds gathered weights that go stale.
     """
     recipe, mesh, _, engine = open_engine(env, recipe_path, overrides)
-    streams = build.open_data(recipe, recipe.data.streams)
+    streams = streams_of(recipe)
     schedule = build.build_schedule(recipe, streams, [lone_mesh()])
     builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0)
     batch = builder.build(schedule[0].micro_batches[0], step=0)

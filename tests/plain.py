@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from framework.data.buckets import streams_of
 from framework.kernels.reference import ReferenceAttention
 from framework.keys import key
 from framework.models.dit import DiT
@@ -70,7 +71,7 @@ def plain_updates(recipe: Recipe, dtype: torch.dtype, num_steps: int = 2) -> eng
     groups = [{"params": [p], "weight_decay": decays[name]} for name, p in names.items()]
     config = recipe.optimizer
     adam = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, foreach=False)
-    streams = build.open_data(recipe, recipe.data.streams)
+    streams = streams_of(recipe)
     schedule = build.build_schedule(recipe, streams, [lone_mesh()])
     builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0)
     gradients, norms = [], []

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import framework.parallel.zero.deepspeed  # noqa: F401
 from framework.checkpoint import writer
+from framework.data.buckets import streams_of
 from framework.environment import Environment
 from framework.evaluate.agreement import Observation
 from framework.models.patchify import patchify
@@ -97,7 +98,7 @@ def first_step(env: Environment, recipe_path: Path, overrides: list[str], step: 
         if fragment.key == "model.proj_out.weight":
             fragment.copy_from(projection(fragment.shard.global_shape))
     engine.refresh(updates=0)
-    streams = build.open_data(recipe, recipe.data.streams)
+    streams = streams_of(recipe)
     meshes = build.bucket_meshes(recipe, mesh)
     schedule = build.build_schedule(recipe, streams, meshes)
     builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=recipe.text.dropout)
@@ -202,7 +203,7 @@ def bad_step(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple
     engine = build.build_engine(recipe, model, shards, mesh)
     build.initialise(engine.fragments(), recipe)
     engine.refresh(updates=0)
-    streams = build.open_data(recipe, recipe.data.streams)
+    streams = streams_of(recipe)
     meshes = build.bucket_meshes(recipe, mesh)
     schedule = build.build_schedule(recipe, streams, meshes)
     builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0)

@@ -58,7 +58,7 @@ class StoredFile:
 @dataclass(frozen=True)
 class Origin:
     """What wrote a checkpoint. recipe: hash of the resolved recipe. data: hash of its data
-    files. parents: what it descends from: the checkpoint that
+    files, and the sizes of the buckets' draws. parents: what it descends from: the checkpoint that
     its attempt resumed from, or the weights that the run began with.
     """
 

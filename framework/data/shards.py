@@ -367,15 +367,6 @@ def _load(store: Source, name: str) -> dict[str, Any]:
     return parse_json(_read(store, name), f"{store.url}/{name}")
 
 
-def load_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError with its name."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{file} can't be read: {error}") from error
-    return parse_json(data, str(file))
-
-
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """A JSON object. Raises ValueError with its name."""
     try:

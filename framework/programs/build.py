@@ -16,12 +16,11 @@ from torch import nn
 
 from framework.checkpoint.fence import Fence, claim, own
 from framework.checkpoint.source import CheckpointSource, check_config, fill, open_source
-from framework.data.buckets import Stream, identity_of, streams_of
+from framework.data.buckets import Stream, identity_of
 from framework.data.budget import micro_sizes, plan_batches
 from framework.data.builder import BatchBuilder, LatentForm, TextShape
 from framework.data.cache import ShardCache
 from framework.data.channel import Channel
-from framework.data.config import StreamConfig
 from framework.data.device import Mover
 from framework.data.loader import Loader
 from framework.data.reader import Reader
@@ -263,11 +262,6 @@ def take_weights(fragments: list[Fragment], recipe: Recipe, shards: list[Paramet
     return lines
 
 
-def open_data(recipe: Recipe, configs: list[StreamConfig]) -> list[Stream]:
-    """The streams, checked against the recipe's tokenizer and text encoder."""
-    return streams_of(recipe, configs)
-
-
 def agree_on_data(recipe: Recipe, streams: list[Stream], group: Group) -> str:
     """What the order of samples follows from beside the recipe, as a hash. Raises ValueError where the ranks see other
     files.
@@ -281,11 +275,19 @@ def agree_on_data(recipe: Recipe, streams: list[Stream], group: Group) -> str:
 
 
 def check_same_data(recipe: Recipe, stored: str, identity: str) -> None:
-    """Raises ValueError where a checkpoint was trained on other files than there are now."""
-    if stored and stored != identity and "data.streams" not in recipe.resume.allow:
+    """Raises ValueError where a checkpoint was trained on other files than there are now, or with other draws though no
+    key was allowed to change.
+    """
+    (files, _, sizes), (files_now, _, sizes_now) = stored.partition("-"), identity.partition("-")
+    if stored and files != files_now and "data.streams" not in recipe.resume.allow:
         raise ValueError(
             f"the data have changed since the checkpoint of {recipe.run}: samples would be lost and repeated. Bring "
             f"the former files back, or go on with these by resume.allow=[data.streams]"
+        )
+    if stored and sizes != sizes_now and not recipe.resume.allow:
+        raise ValueError(
+            f"a draw of each bucket takes {sizes_now} samples, it took {sizes} when the checkpoint of {recipe.run} was "
+            f"saved, by another release: go on with these by resume.allow=[data.rounds]"
         )
 
 

@@ -5,6 +5,7 @@ that aren't there (parallel/fake.py).
 from dataclasses import dataclass
 from fractions import Fraction
 
+from framework.data.buckets import streams_of
 from framework.data.splits import resolve_degrees
 from framework.ema import Ema
 from framework.environment import be_first_rank
@@ -41,7 +42,7 @@ def count_step(recipe: Recipe, mesh: Mesh) -> Counted:
         recipe,
         mesh,
         engine,
-        streams=build.open_data(recipe, recipe.data.streams),
+        streams=streams_of(recipe),
         ema=Ema(engine.fragments(), recipe.ema),
         encoders=encoders,
         start=0,

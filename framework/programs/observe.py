@@ -1,6 +1,6 @@
 """What is looked at while training: the validation loss and samples, from the live and the averaged weights."""
 
-from framework.data.buckets import Stream, check_held_out
+from framework.data.buckets import Stream, check_held_out, streams_of
 from framework.data.config import StreamConfig
 from framework.data.device import Mover
 from framework.diffusion.flow import Flow
@@ -94,7 +94,7 @@ def build_validation(
     recipe: Recipe, mesh: Mesh, flow: Flow, encoders: build.Encoders, trained: list[Stream]
 ) -> Validation:
     """The held-out clips of the recipe. Raises ValueError when one of them is trained on."""
-    streams = build.open_data(recipe, [StreamConfig(path) for path in recipe.validation.shards])
+    streams = streams_of(recipe, [StreamConfig(path) for path in recipe.validation.shards])
     if recipe.validation.held_out:
         check_held_out(trained, streams)
     meshes = build.bucket_meshes(recipe, mesh)

@@ -20,7 +20,7 @@ from framework.checkpoint.manifest import Origin, Progress
 from framework.checkpoint.resume import Resumed, resume
 from framework.checkpoint.save import Saver
 from framework.checkpoint.writer import Subject
-from framework.data.buckets import Stream
+from framework.data.buckets import Stream, streams_of
 from framework.data.loader import Loader
 from framework.data.schedule import Schedule, Work
 from framework.ema import Ema
@@ -109,7 +109,7 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
         notes.append(f"the run {recipe.run} is finished: {progress.step} of {recipe.train.steps} steps are done")
     engine.refresh(updates=progress.updates)
     build.begin(fence, progress.step, mesh.control)
-    streams = build.open_data(recipe, recipe.data.streams)
+    streams = streams_of(recipe)
     identity = build.agree_on_data(recipe, streams, mesh.control)
     if resumed is not None:
         build.check_same_data(recipe, resumed.found.manifest.origin.data, identity)

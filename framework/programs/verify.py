@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from framework.batch import Batch, Noised
+from framework.data.buckets import streams_of
 from framework.ema import Ema
 from framework.environment import Environment
 from framework.evaluate.agreement import Observation
@@ -87,7 +88,7 @@ def observe(recipe: Recipe, env: Environment, *, steps: int) -> Observation | No
     engine.refresh(updates=0)
     needed = replace(recipe, train=replace(recipe.train, steps=max(1, steps)))
     ema = Ema([], recipe.ema)
-    streams = build.open_data(recipe, recipe.data.streams)
+    streams = streams_of(recipe)
     parts = build_parts(needed, mesh, engine, streams=streams, ema=ema, encoders=build.Encoders(recipe), start=0)
     flow = RecordingFlow(parts.flow)
     parts = replace(parts, flow=flow)

@@ -11,6 +11,7 @@ from tiny import write_latents, write_recipe
 from torch import Tensor
 
 from framework.batch import Tokens
+from framework.data.buckets import streams_of
 from framework.kernels.reference import ReferenceAttention
 from framework.keys import key
 from framework.models.dit import DiT
@@ -52,7 +53,7 @@ def serial_gradients(recipe: Recipe) -> tuple[float, dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(key(recipe.seed, "init", uid=name))
         value = init_tensor(name, tuple(parameter.shape), generator, recipe.model)
         parameter.data.copy_(ranks.projection(tuple(parameter.shape)) if name == "proj_out.weight" else value)
-    streams = build.open_data(recipe, recipe.data.streams)
+    streams = streams_of(recipe)
     schedule = build.build_schedule(recipe, streams, [lone_mesh()] * 2)
     builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=recipe.text.dropout)
     flow, total = build.build_flow(recipe), torch.zeros(())

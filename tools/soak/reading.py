@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from framework.batch import Batch
+from framework.data.buckets import streams_of
 from framework.data.index import SampleInfo
 from framework.data.shard_writer import ShardWriter
 from framework.data.shards import LATENT_SCHEMA, VIDEO_SCHEMA, Caption, LatentSample, Schema, VideoSample
@@ -119,7 +120,7 @@ def write_recipe(path: Path, streams: Sequence[str], shapes: Sequence[tuple[Clip
 
 def read_steps(recipe: Recipe, mesh: Mesh, *, start: int) -> Iterator[tuple[int, list[Batch], list[Mesh]]]:
     """Step, this rank's batches of it, and the mesh of each bucket, from `start` on."""
-    streams = build.open_data(recipe, recipe.data.streams)
+    streams = streams_of(recipe)
     meshes = build.bucket_meshes(recipe, mesh)
     schedule = build.build_schedule(recipe, streams, meshes)
     builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0, workers=recipe.data.workers)

@@ -1,6 +1,6 @@
 """SIGKILL all ranks that read a data set, at random moments, and resume on another mesh: no sample lost or repeated.
 
-    python tools/soak/stream.py [--store s3|DIR] [--kills 100] [--seed N] [--outages]
+    python tools/soak/stream.py [--store s3|DIR] [--kills 100] [--seed N] [--outages [--frozen SECONDS]]
 
 Each cycle starts ranks (reading.py: the product's streams, schedule, cache, decoding processes and loader, no model) on
 a mesh drawn at random, dp 4 and dp 3 after each other among them, with 0 to 2 decoding processes each, from the step
@@ -58,7 +58,9 @@ class Tally:
 
 @dataclass
 class Soak:
-    """A run that is killed over and over. expected: samples by step. done: steps that count."""
+    """A run that is killed over and over. expected: samples by step. frozen: seconds at most that the server is. done:
+    steps that count.
+    """
 
     context: Any
     recipe: Path
@@ -66,6 +68,7 @@ class Soak:
     expected: list[list[reading.Seen]]
     rng: random.Random
     server: Server | None = None
+    frozen: float = 4.0
     done: int = 0
     seen: dict[int, list[reading.Seen]] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
@@ -105,7 +108,6 @@ class Soak:
             pipes.append(mine)
             processes.append(process)
         told: list[list[Any]] = [[] for _ in pipes]
-        outage = self._outage()
         first, deadline = 0.0, time.monotonic() + 120
         while time.monotonic() < deadline:
             for pipe in wait(pipes, 0.05):
@@ -116,12 +118,12 @@ class Soak:
                     raise Violation(f"a rank failed: {message}")
                 told[pipes.index(pipe)].append(message)
                 if not first:
-                    first, deadline = time.monotonic() - begin, time.monotonic() + seconds
+                    first = time.monotonic() - begin
+                    self._outage()
+                    deadline = time.monotonic() + seconds
             if max(len(each) for each in told) + plan.start >= len(self.expected) - 1:
                 break
         self._kill(processes)
-        if outage == "freeze" and self.server:
-            self.server.thaw()
         for pipe, each in zip(pipes, told, strict=True):
             while pipe.poll():
                 try:
@@ -132,21 +134,20 @@ class Soak:
             raise Violation("no step was read within 120 s")
         return first, told, [process.pid for process in processes]
 
-    def _outage(self) -> str:
-        """Now and then, trouble with the server. Returns what goes on until the attempt ends."""
+    def _outage(self) -> None:
+        """Now and then, trouble with the server, in the middle of reading."""
         if self.server is None or self.rng.random() > 0.25:
-            return ""
+            return
         kind = self.rng.choice(("restart", "freeze"))
         self.tally.outages[kind] += 1
         if kind == "restart":
             self.server.kill()
             time.sleep(self.rng.uniform(0, 2))
             self.server.start()
-            return ""
+            return
         self.server.freeze()
-        time.sleep(self.rng.uniform(0.5, 4))
+        time.sleep(self.rng.uniform(0.5, self.frozen))
         self.server.thaw()
-        return ""
 
     def _kill(self, processes: list[Any]) -> None:
         for process in processes:
@@ -273,6 +274,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--outages", action="store_true")
+    parser.add_argument("--frozen", type=float, default=4.0)
     given = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
@@ -287,6 +289,7 @@ def main() -> int:
             soak = build_soak(
                 build_context(), folder, server, seed=given.seed, outages=given.outages, kills=given.kills
             )
+            soak.frozen = given.frozen
             for number in range(given.kills):
                 mesh = MESHES[number % 2] if number < 4 else None  # dp 4, 3, 4, 3, then as it comes
                 print(f"{number:4} {soak.cycle(mesh)}", flush=True)
