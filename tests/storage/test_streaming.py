@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import checkpoint_ranks
@@ -14,12 +11,12 @@ import ranks
 import stream
 from object_store import ObjectStore
 from pool import RanksFailed, run_ranks
+from refusals import refused_start
 from tiny import write_recipe
 
 from framework.data.shards import open_shards
 from framework.storage.storage import open_storage
 
-ROOT = Path(__file__).parents[2]
 READER = {"AWS_ACCESS_KEY_ID": "readerkey", "AWS_SECRET_ACCESS_KEY": "readersecret"}
 
 
@@ -83,21 +80,6 @@ def test_a_damaged_shard(object_store: ObjectStore, place: str, tiny_shards: Pat
     assert lines_of(tmp_path / "skips")[-1]["lost_samples"] == 9
 
 
-def train(recipe: Path, environment: dict[str, str]) -> tuple[str, float]:
-    """What the command says, after its status was 2, and the seconds that it took."""
-    begin = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "framework.cli", "train", str(recipe)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        timeout=120,
-    )
-    assert (done.returncode, done.stdout) == (2, ""), (done.stdout, done.stderr)
-    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
-    return done.stderr, time.monotonic() - begin
-
-
 @pytest.mark.parametrize(
     ("path", "environment", "part"),
     [
@@ -112,7 +94,7 @@ def test_mistakes(
     object_store: ObjectStore, tiny_shards: Path, tmp_path: Path, path: str, environment: dict[str, str], part: str
 ) -> None:
     recipe = write_recipe(tmp_path, tiny_shards, [f"data.streams.0.path={path}"])
-    message, seconds = train(recipe, object_store.environment | environment)
+    message, seconds = refused_start(recipe, object_store.environment | environment)
     assert path in message and part in message and seconds < 30
     assert not any(secret in message for secret in ("trainersecret", "readersecret", "wrongsecret"))
     assert not (tmp_path / "run").exists()
