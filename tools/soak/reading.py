@@ -9,7 +9,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,15 @@ Seen = tuple[int, str, str]
 
 @dataclass(frozen=True)
 class Plan:
-    """One attempt: a recipe with overrides, the steps that it reads, its ranks."""
+    """One attempt: a recipe with overrides, the step that it starts from, its ranks, and where the store is: a fork server
+    that has been started earlier has an older environment.
+    """
 
     recipe: Path
     overrides: tuple[str, ...]
     start: int
     num_ranks: int
+    store: dict[str, str] = field(default_factory=lambda: {k: v for k, v in os.environ.items() if k.startswith("AWS_")})
 
 
 def make_data(folder: Path, *, num_latents: int = 90, num_videos: int = 7) -> dict[str, Path]:
@@ -142,6 +145,7 @@ def seen_of(batch: Batch) -> list[Seen]:
 
 def rank_main(plan: Plan, rank: int, port: int, pipe: Connection) -> None:
     """A rank: tells (step, samples that it read for its replica, samples that it only received) after each step."""
+    os.environ.update(plan.store)
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)})
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(plan.num_ranks), "SOAK": str(plan.recipe)})
     try:
