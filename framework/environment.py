@@ -1,30 +1,44 @@
 """The only reader of os.environ: what a launcher tells a rank, and what signals ask of it.
 
-The contract is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT); our own launcher
-adds CUBOID_FAILURES, a directory into which a failing rank writes one message, so that it is shown once and not once a
-rank.
+The contract is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Our own launchers
+add
+
+    CUBOID_FAILURES   a directory into which a failing rank writes one message, so that it is shown once and not once a
+                      rank
+    CUBOID_RUN        the run directory, CUBOID_ATTEMPT the attempt at it that the launcher has claimed for these ranks
+    CUBOID_LAUNCHED   when they were started, Unix seconds
+    CUBOID_NODE       the scheduler's name of this node, CUBOID_SWITCH its place in the network (core.s0.node3)
+
+A rank reads nothing else: what a scheduler sets (SLURM_*) is translated by the job script, and read here for the
+supervisor alone.
 """
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """One rank's place."""
+    """One rank's place. attempt: that the launcher has claimed, None where rank 0 is to claim it. run: of that attempt.
+    launched: when the launcher started this rank, Unix seconds; None where there is no such launcher.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     failures: Path | None
+    run: Path | None = None
+    attempt: int | None = None
+    launched: float | None = None
 
     @property
     def is_first(self) -> bool:
@@ -46,7 +60,26 @@ def read_environment() -> Environment | None:
         if not text.isdecimal():
             raise ValueError(f"the environment variable {name}={text!r} isn't a number")
     rank, world_size, local_rank = (int(text) for text in places.values())
-    return Environment(rank, world_size, local_rank, Path(failures) if failures else None)
+    run, attempt, launched = (os.environ.get(f"CUBOID_{name}") for name in ("RUN", "ATTEMPT", "LAUNCHED"))
+    return Environment(
+        rank,
+        world_size,
+        local_rank,
+        failures=Path(failures) if failures else None,
+        run=Path(run) if run else None,
+        attempt=int(attempt) if attempt else None,
+        launched=float(launched) if launched else None,
+    )
+
+
+def node_name() -> str:
+    """This node's name, as its scheduler calls it."""
+    return os.environ.get("CUBOID_NODE") or socket.gethostname()
+
+
+def switch_address() -> str:
+    """Where this node stands in the network, outermost switch first, joined by dots; "" where nobody knows."""
+    return os.environ.get("CUBOID_SWITCH", "")
 
 
 def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> dict[str, str]:
@@ -114,7 +147,9 @@ def gpu_capability() -> tuple[int, int] | None:
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGHUP; the loop finishes its step, saves and ends."""
+    """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2 (what schedulers send ahead of the end); the loop finishes its step, saves
+    and ends.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None

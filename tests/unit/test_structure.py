@@ -15,7 +15,7 @@ ROWS: Final = (
     ("shapes", "keys", "fingerprint"),  # nouns of integers, which configs name in their signatures; hashes of files
     ("*.config", "layers", "environment", "storage", "log"),
     ("plan.parameters",),  # which a recipe's patterns name
-    ("recipe", "parallel.mesh", "parallel.fragments", "kernels"),
+    ("recipe", "parallel.mesh", "parallel.fragments", "kernels", "history"),
     (
         "run",
         "batch",
@@ -28,7 +28,7 @@ ROWS: Final = (
         "optim",
         "ema",
     ),  # a run stores a recipe
-    ("parallel.tensor_parallel", "parallel.context_parallel", "diffusion", "data"),
+    ("parallel.tensor_parallel", "parallel.context_parallel", "diffusion", "data", "heartbeat"),
     ("models", "parallel.zero"),
     ("checkpoint", "metrics", "profiling", "evaluate", "curate"),
     ("programs", "launch"),
