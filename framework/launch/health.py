@@ -29,11 +29,12 @@ from typing import Final, Literal
 from framework.environment import Environment, local_world_size, master_address, node_name, switch_address
 from framework.launch.config import HealthConfig
 from framework.launch.meeting import Answer, Meeting, ask
-from framework.launch.node_checks import Finding, check_node
+from framework.launch.node_checks import Checked, check_node
 from framework.run import write_atomically
 
 Stage = Literal["local", "across", "done"]
 REQUEST: Final = "request.json"
+GRACE = 1.0  # seconds, at least
 LATE = 30.0  # seconds by which nodes may begin one after another
 # Parts of the request's time, from a process's start: its own checks, meeting the others, all-reduce across nodes.
 LOCAL, MEET, ACROSS = 0.55, 0.75, 0.95
@@ -215,7 +216,7 @@ class Draft:
         with self._lock:
             self._doing, self._limit, self._blames = doing, self.until(part), blames
 
-    def add(self, finding: Finding) -> None:
+    def add(self, finding: Checked) -> None:
         with self._lock:
             before = self._report
             numbers = before.numbers | finding.numbers
@@ -235,11 +236,11 @@ class Draft:
 
     def _watch(self) -> None:
         # A little later than the stage's own limits, which know better what is missing.
-        while time.monotonic() < self._limit + 0.03 * self.request.health.timeout:
+        while time.monotonic() < self._limit + max(GRACE, 0.03 * self.request.health.timeout):
             time.sleep(0.05)
         text = f"{self._doing}: no end within {self._limit - self.place.begin:.0f} s"
         if self._blames:
-            self.add(Finding((text,)))
+            self.add(Checked((text,)))
         else:
             self.note(text)
         self.write(self._report.stage, ended=True)
@@ -292,7 +293,7 @@ def meet(draft: Draft) -> Answer | None:
     """A node's first process meets the first rank; compares the clocks. None where it isn't there."""
     place = draft.place
     if place.rank == 0:
-        draft.add(Finding(numbers={"clock_s": 0.0}))
+        draft.add(Checked(numbers={"clock_s": 0.0}))
         return None
     draft.begin("meeting the first node", MEET, blames=False)
     try:
@@ -300,5 +301,5 @@ def meet(draft: Draft) -> Answer | None:
     except OSError as error:
         draft.note(str(error))
         return None
-    draft.add(Finding(numbers={"clock_s": round(answer.clock, 4)}))
+    draft.add(Checked(numbers={"clock_s": round(answer.clock, 4)}))
     return answer

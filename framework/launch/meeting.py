@@ -68,17 +68,17 @@ def ask(address: tuple[str, int], node: str, deadline: float) -> Answer:
     """Meet the first rank, which may come later than this one. deadline: of time.monotonic. Raises OSError."""
     while True:
         try:
-            return exchange(address, node)
+            return exchange(address, node, min(ANSWER_SECONDS, max(0.1, deadline - time.monotonic())))
         except (OSError, ValueError, KeyError) as error:
             if time.monotonic() > deadline:
                 raise OSError(f"the first rank doesn't answer at {address[0]}:{address[1]}: {error}") from None
         time.sleep(0.2)
 
 
-def exchange(address: tuple[str, int], node: str) -> Answer:
-    """A few exchanges over one connection."""
+def exchange(address: tuple[str, int], node: str, timeout: float) -> Answer:
+    """A few exchanges over one connection. timeout: of each of them, and of the connection."""
     found: list[tuple[float, float]] = []
-    with socket.create_connection(address, timeout=ANSWER_SECONDS) as connection, connection.makefile("rwb") as file:
+    with socket.create_connection(address, timeout=timeout) as connection, connection.makefile("rwb") as file:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(EXCHANGES):
             before, begin = time.time(), time.perf_counter()
