@@ -29,7 +29,7 @@ class Answer:
 
 
 class Meeting(socketserver.ThreadingTCPServer):
-    """The first rank's part. store: told to those who ask; 0 = there is none."""
+    """The first rank's part. store: told to those who ask; 0 = there is none. nodes: those that have asked all."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -55,13 +55,16 @@ class Host(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         meeting = self.server
         assert isinstance(meeting, Meeting)
+        node = None
         try:
             for line in self.rfile:
                 answer = {"time": time.time(), "store": meeting.store}
-                meeting.nodes.add(str(json.loads(line)["node"]))
+                node = str(json.loads(line)["node"])
                 self.wfile.write(json.dumps(answer).encode() + b"\n")
         except (OSError, ValueError, KeyError, TypeError):
             return  # somebody else's knock
+        if node is not None:
+            meeting.nodes.add(node)
 
 
 def ask(address: tuple[str, int], node: str, deadline: float) -> Answer:
