@@ -82,6 +82,37 @@ def switch_address() -> str:
     return os.environ.get("CUBOID_SWITCH", "")
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """What the scheduler has given a batch script. nodes: as it writes them, node[0-3]. restart: how often the job has
+    come back. user: who runs it.
+    """
+
+    job: str
+    nodes: str
+    restart: int
+    user: str
+
+
+def read_allocation() -> Allocation:
+    """The nodes of this batch script. Raises ValueError outside one."""
+    names = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST")
+    if any(name not in os.environ for name in names):
+        raise ValueError(f"this isn't a batch script of Slurm: {' and '.join(names)} aren't set")
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return Allocation(job, os.environ["SLURM_JOB_NODELIST"], restart, os.environ.get("USER", "user"))
+
+
+def step_variables(own: dict[str, str]) -> dict[str, str]:
+    """The environment of a step that this process starts. A step takes its own shape from its words alone: what the job
+    was submitted with isn't handed on.
+    """
+    shape = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK")
+    return {name: value for name, value in os.environ.items() if name not in shape} | own
+
+
 def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> dict[str, str]:
     """The environment of a local rank.
 

@@ -92,8 +92,21 @@ class Run:
     def attempt_path(self) -> Path:
         return self.path / "attempts" / f"{self.attempt:04}"
 
+    @property
+    def failures(self) -> Path:
+        """Where ranks under a supervisor say why they failed."""
+        return self.attempt_path / "failures"
+
     def write_verdict(self, verdict: Verdict) -> None:
         write_atomically(self.attempt_path / "verdict.json", json.dumps(dataclasses.asdict(verdict)) + "\n")
+
+
+def read_verdict(run: Run) -> Verdict | None:
+    """How an attempt says that it ended, None where it was lost or hasn't."""
+    try:
+        return Verdict(**json.loads((run.attempt_path / "verdict.json").read_text()))
+    except FileNotFoundError:
+        return None
 
 
 def latest_attempt(path: Path) -> int:
