@@ -20,9 +20,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
+from typing import Final
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+DUMP_SIGNAL = signal.SIGUSR1  # asks a rank for its stacks (stacks.py)
+# What NCCL's flight recorder (stacks.py) needs of the launcher: how many collectives it keeps, under the name of today
+# and under that of torch before 2.9.
+FLIGHT_RECORDER: Final = MappingProxyType({"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"})
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -121,6 +126,7 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
     """
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
     return {
+        **FLIGHT_RECORDER,
         "OMP_NUM_THREADS": threads,
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what train.deterministic needs of cuBLAS
         **({} if visible_gpus() else {"DS_ACCELERATOR": "cpu"}),
