@@ -18,12 +18,22 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
+from typing import Final
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Of every rank, here and on a cluster.
+RANK_DEFAULTS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what train.deterministic needs of cuBLAS
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -90,8 +100,8 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
     """
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
     return {
+        **RANK_DEFAULTS,
         "OMP_NUM_THREADS": threads,
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what train.deterministic needs of cuBLAS
         **({} if visible_gpus() else {"DS_ACCELERATOR": "cpu"}),
         **os.environ,
         "RANK": str(rank),
@@ -101,8 +111,6 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "CUBOID_FAILURES": str(failures),
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }
 
 
