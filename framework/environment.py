@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, MappingProxyType
@@ -25,10 +26,18 @@ from typing import Final
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 DUMP_SIGNAL = signal.SIGUSR1  # asks a rank for its stacks (stacks.py)
-# What NCCL's flight recorder (stacks.py) needs of the launcher: how many collectives it keeps, under the name of today
-# and under that of torch before 2.9.
-FLIGHT_RECORDER: Final = MappingProxyType({"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"})
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Of every rank, here and on a cluster.
+RANK_DEFAULTS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what train.deterministic needs of cuBLAS
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Collectives that NCCL's flight recorder keeps (stacks.py), and its name before torch 2.9.
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -126,9 +135,8 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
     """
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
     return {
-        **FLIGHT_RECORDER,
+        **RANK_DEFAULTS,
         "OMP_NUM_THREADS": threads,
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what train.deterministic needs of cuBLAS
         **({} if visible_gpus() else {"DS_ACCELERATOR": "cpu"}),
         **os.environ,
         "RANK": str(rank),
@@ -138,8 +146,6 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "CUBOID_FAILURES": str(failures),
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }
 
 
