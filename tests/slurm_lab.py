@@ -16,7 +16,7 @@ class NoLabError(Exception):
 
 
 class Lab:
-    """A Slurm with the nodes node0, node1, ... and the partitions low and high; `environment` is that of its clients."""
+    """A Slurm with the nodes node0, node1, ... and partitions low and high; `environment` is that of its clients."""
 
     def __init__(self, folder: Path, *, num_nodes: int = 4, **settings: int) -> None:
         """`settings` are lab.sh's: kill_wait=2 is SLURM_LAB_KILL_WAIT=2."""

@@ -92,7 +92,7 @@ def test_two_labs_run_at_once_and_down_leaves_nothing(lab: Lab, tmp_path: Path) 
 
 
 def test_a_mistake_is_one_line(lab: Lab, tmp_path: Path) -> None:
-    with pytest.raises(NoLabError, match="^error: no node 'node9'; there are node0 node1 node2 node3$"):
+    with pytest.raises(NoLabError, match=r"^error: no node 'node9'; there are node0 node1 node2 node3$"):
         lab.lose_node("node9")
     (tmp_path / "precious").touch()
     for verb, message in (("down", "is not a lab's directory"), ("status", "no lab in"), ("fly", "usage")):
