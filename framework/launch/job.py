@@ -13,8 +13,7 @@ class Job:
 
     run: its directory, absolute. store: of its checkpoints ("" = RUN/checkpoints). folder: RUN/jobs/0000, this
     submission's own. code: the snapshot that ranks import. command: of a rank. nodes: fewest and most that ranks run on
-    (spare ones not counted). mesh: which numbers of ranks it allows. environment: variables of every rank. dependency:
-    as sbatch takes it.
+    (spare ones not counted). mesh: which numbers of ranks it allows. dependency, exclude: as sbatch takes them.
     """
 
     name: str
@@ -27,7 +26,6 @@ class Job:
     store: str = ""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
-    environment: tuple[tuple[str, str], ...] = ()
     dependency: str = ""
     exclude: tuple[str, ...] = ()
 

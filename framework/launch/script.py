@@ -16,25 +16,6 @@ import sys
 from framework.launch.config import ClusterConfig
 from framework.launch.job import Job
 
-# What we set of sbatch ourselves -> by what a person sets it.
-OWN_OPTIONS = {
-    "nodes": "--nodes",
-    "ntasks-per-node": "ranks_per_node",
-    "cpus-per-task": "cpus_per_rank",
-    "gpus-per-node": "gpus",
-    "time": "time",
-    "signal": "notice",
-    "job-name": "the run's name",
-    "dependency": "--after",
-    "array": "--array",
-    "exclude": "health",
-    "requeue": "requeues",
-    "no-kill": "spare_nodes",
-    "output": "the run directory",
-    "error": "the run directory",
-    "open-mode": "the run directory",
-}
-
 RANK_SCRIPT = """\
 #!/usr/bin/env bash
 # One task of a step. What Slurm says becomes what a rank reads; it never reads SLURM_*.
@@ -80,20 +61,29 @@ def sbatch_parameters(job: Job) -> dict[str, object]:
         "nodes": most,
         "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_rank,
-        "gpus_per_node": cluster.ranks_per_node if cluster.gpus else None,
+        "gpus_per_node": gpus_of(cluster),
         "signal_delay_s": cluster.notice,
         "setup": setup,
         "use_srun": False,
         "wckey": None,
-        "additional_parameters": options | cluster.sbatch,
+        "additional_parameters": options | {name: value or True for name, value in cluster.sbatch.items()},
     }
+
+
+def gpus_of(cluster: ClusterConfig) -> str | None:
+    """sbatch's --gpus-per-node."""
+    if not cluster.gpus:
+        return None
+    return f"{cluster.gpu_type}:{cluster.ranks_per_node}" if cluster.gpu_type else str(cluster.ranks_per_node)
 
 
 def script_of(job: Job) -> str:
     """The batch script of a job, as submitit submits it."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = " ".join(["exec", shlex.quote(python_of(job.cluster)), "-u -m submitit.core._submit", shlex.quote(job.folder)])
+    command = " ".join(
+        ["exec", shlex.quote(python_of(job.cluster)), "-u -m submitit.core._submit", shlex.quote(job.folder)]
+    )
     text: str = _make_sbatch_string(command=command, folder=job.folder, **sbatch_parameters(job))
     return text
 

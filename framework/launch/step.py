@@ -76,7 +76,6 @@ def start_step(
     began = time.time()
     logs.mkdir(parents=True, exist_ok=True)
     variables = {
-        **dict(job.environment),
         **own,
         "CUBOID_HOSTS": " ".join(hosts),
         "CUBOID_RANKS_A_NODE": str(tasks_a_node),
@@ -87,6 +86,11 @@ def start_step(
     words = srun_words(job, hosts, command, tasks_a_node=tasks_a_node, tolerant=tolerant)
     with (logs / SRUN_LOG).open("ab") as log:
         client = subprocess.Popen(
-            words, env=step_variables(variables), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            words,
+            env=step_variables(variables),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     return Step(job_id, client, hosts, tasks_a_node, logs, began)

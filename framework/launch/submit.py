@@ -7,17 +7,17 @@ attempt in three days runs what was submitted, whatever has happened to the work
 
 import dataclasses
 import json
-import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from framework.history import JOBS, Event, History, now
 from framework.launch import slurm
-from framework.launch.check import check_start, check_store
+from framework.launch.check import check_data, check_start, check_store
 from framework.launch.config import ClusterConfig
 from framework.launch.job import Job
-from framework.launch.nodes import excluded
+from framework.launch.nodes import excluded, nodes_path
 from framework.launch.placement import check_placement
 from framework.launch.script import RANK_SCRIPT, python_of, sbatch_parameters, script_of
 from framework.launch.snapshot import take_snapshot
@@ -59,7 +59,9 @@ def node_range(nodes: str | None, recipe: Recipe, cluster: ClusterConfig) -> tup
     if not 1 <= fewest <= most:
         raise ValueError(f"--nodes {nodes}: from 1 on, and the larger number last")
     if fewest < most and mesh.dp != "auto":
-        raise ValueError(f"--nodes {nodes} lets the number of ranks change, mesh.dp={mesh.dp} doesn't: set mesh.dp=auto")
+        raise ValueError(
+            f"--nodes {nodes} lets the number of ranks change, mesh.dp={mesh.dp} doesn't: set mesh.dp=auto"
+        )
     for count in (fewest, most):
         resolve_mesh(mesh, num_ranks=count * ranks)
     return fewest, most
@@ -77,7 +79,7 @@ def check_request(recipe: Recipe, cluster: ClusterConfig, nodes: tuple[int, int]
     gpus = cluster.ranks_per_node if cluster.gpus else 0
     for shape in shapes_of(recipe, cluster, nodes):
         check_start(recipe, num_ranks=shape.world_size, num_gpus=gpus)
-        notes += check_placement(recipe, shape, cluster)
+        notes += check_placement(shape, cluster.ranks_per_node, cluster.links, recipe)
     check_data(recipe)
     waits = recipe.init_from if request.after and same_place(recipe.init_from, request.after) else ""
     done = check_store(replace(recipe, init_from="") if waits else recipe)
@@ -99,22 +101,42 @@ def build_job(invocation: Resolved, cluster: ClusterConfig, request: Request) ->
     run = Path(recipe.run).resolve()
     folder = run / JOBS / f"{number_of(run):04}"
     words = [word for word in invocation.overrides if not word.startswith("run=")]
-    python = cluster.python or python_of(cluster)
     job = Job(
         name=f"cuboid-{run.name}",
         run=str(run),
         folder=str(folder),
         code="",
-        command=(python, "-m", "framework.cli", "train", str(folder / "recipe.yaml"), *words),
+        command=(python_of(cluster), "-m", "framework.cli", "train", str(folder / "recipe.yaml"), *words),
         cluster=cluster,
         nodes=nodes,
         store=recipe.checkpoint.store or str(run / CHECKPOINTS),
         mesh=recipe.mesh,
         watch=recipe.watch,
         dependency=dependency_of(request.after),
-        exclude=tuple(excluded(cluster)),
+        exclude=tuple(excluded(nodes_path(cluster), time.time())),
     )
     return job, notes
+
+
+def summary(job: Job, recipe: Recipe) -> list[str]:
+    """What a job starts, for a person."""
+    cluster, watch = job.cluster, job.watch
+    shapes = shapes_of(recipe, cluster, job.nodes)
+    (fewest, most), spare = job.nodes, cluster.spare_nodes
+    nodes = str(most) if fewest == most else f"{fewest} to {most}"
+    meshes = " or ".join(f"{shape} = {shape.world_size} ranks" for shape in shapes)
+    return [
+        f"run      {job.run}, {recipe.train.steps} steps, checkpoints in {job.store} every {recipe.checkpoint.every}",
+        f"nodes    {nodes} of {cluster.name}, {cluster.ranks_per_node} ranks each"
+        + (f", and {spare} spare" if spare else ""),
+        f"mesh     {meshes}; ZeRO stage {recipe.zero.stage} ({recipe.zero.engine})",
+        f"limits   {cluster.time} of time, told {cluster.notice} s ahead; start {watch.start:g} s, step {watch.step:g} s, "
+        f"save {watch.save:g} s",
+        f"failures {cluster.restarts} restarts on its nodes, then {cluster.requeues} times through the queue, without a "
+        "new checkpoint in between",
+        *([f"waits    for job {job.dependency.removeprefix('afterok:')}"] if job.dependency else []),
+        *([f"without  {', '.join(job.exclude)}, found bad"] if job.exclude else []),
+    ]
 
 
 def number_of(run: Path) -> int:

@@ -7,6 +7,7 @@ the queue only where too few are left, or where failures repeat. Everything that
 """
 
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,10 +22,11 @@ from framework.launch import slurm
 from framework.launch.checkup import check_nodes
 from framework.launch.deputy import stay_alive
 from framework.launch.job import Job
-from framework.launch.nodes import remember
+from framework.launch.nodes import nodes_path, remember
 from framework.launch.placement import order_hosts, usable_nodes
 from framework.launch.script import python_of
 from framework.launch.step import Step, start_step
+from framework.launch.variables import rank_environment
 from framework.launch.verdict import Ended, Evidence, Next, decide, judge, lost_nodes
 from framework.launch.watch import watch_step
 from framework.log import line
@@ -78,8 +80,13 @@ class Supervisor:
                 return self._requeue(Next("requeue", "retry", self._too_few()))
             self._have_deputy(hosts)
             past = self.history.events()
-            attempt, ended = self._attempt(hosts)
-            self._note_end(attempt, ended)
+            try:
+                ended = self._attempt(hosts)
+            except ValueError as error:
+                return self._finish("fatal", str(error))
+            except OSError as error:
+                ended = Ended("retry", str(error), kind="storage")
+            self._note_end(ended)
             for node in ended.bad:
                 self._exclude(node, ended.reason)
             if ended.suspect and repeats(past, ended.suspect):
@@ -99,7 +106,7 @@ class Supervisor:
         left = self._left()
         switches = dict.fromkeys(left, "")
         if left and self.job.cluster.health.level != "off":
-            for report in check_nodes(self.job, self.allocation.job, left):
+            for report in check_nodes(self.job, self.allocation, left):
                 switches[report.node] = report.switch
                 for problem in report.problems[:1]:
                     self._exclude(report.node, problem)
@@ -111,16 +118,15 @@ class Supervisor:
         span = -(-mesh.ring * mesh.ulysses * mesh.tp // ranks)
         return tuple(order_hosts(healthy, nodes_per_replica=span)[:count])
 
-    def _attempt(self, hosts: tuple[str, ...]) -> tuple[int, Ended]:
+    def _attempt(self, hosts: tuple[str, ...]) -> Ended:
         """Start ranks, watch them, and say how it ended."""
         run = Run(self.path, claim_attempt(self.path, open_storage(self.job.store)))
         ranks = self.job.cluster.ranks_per_node
-        self.history.add(
-            replace(self._event("launched"), attempt=run.attempt, nodes=hosts, ranks=len(hosts) * ranks)
-        )
+        self.history.add(replace(self._event("launched"), attempt=run.attempt, nodes=hosts, ranks=len(hosts) * ranks))
         line(f"attempt {run.attempt}: {len(hosts) * ranks} ranks on {' '.join(hosts)}")
         run.failures.mkdir(exist_ok=True)
         own = {
+            **rank_environment(self.job.cluster, self.allocation.user, attempt=run.attempt_path),
             "CUBOID_RUN": self.job.run,
             "CUBOID_ATTEMPT": str(run.attempt),
             "CUBOID_FAILURES": str(run.failures),
@@ -131,7 +137,7 @@ class Supervisor:
         )
         hang = watch_step(step, run, self.job.watch)
         lost = {*lost_nodes(step.said()), *slurm.gone_nodes(hosts)}
-        return run.attempt, judge(
+        return judge(
             Evidence(
                 status=step.client.returncode,
                 srun=step.said(),
@@ -172,7 +178,8 @@ class Supervisor:
             self.bad[node] = reason
             self.history.add(replace(self._event("excluded"), node=node, reason=reason))
             line(f"{node} isn't used any more: {reason}")
-            remember(self.job.cluster, node, reason)
+            cluster = self.job.cluster
+            remember(nodes_path(cluster), node, reason, time.time(), cluster.health.expiry)
 
     def _told_before_start(self) -> int:
         if self._is_cancelled():
@@ -201,7 +208,8 @@ class Supervisor:
         line(f"{outcome}: {reason}")
         return STATUS.get(outcome, 1)
 
-    def _note_end(self, attempt: int, ended: Ended) -> None:
+    def _note_end(self, ended: Ended) -> None:
+        attempt = latest_attempt(self.path)
         self.history.add(
             replace(
                 self._event("ended"),

@@ -143,7 +143,12 @@ def killed_tasks(srun: str) -> list[tuple[str, str]]:
     """(node, what) of tasks that were ended by a signal other than as a consequence, in srun's words."""
     found = []
     for line in srun.splitlines():
-        if (match := TASK.search(line)) and match[3].strip() in ("Killed", "Segmentation fault", "Bus error", "Aborted"):
+        if (match := TASK.search(line)) and match[3].strip() in (
+            "Killed",
+            "Segmentation fault",
+            "Bus error",
+            "Aborted",
+        ):
             found.append((match[1], f"task {match[2]}: {match[3].strip()}"))
     return found
 

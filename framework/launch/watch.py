@@ -12,9 +12,9 @@ from framework.heartbeat import STARTING, Heartbeat, read_heartbeat
 from framework.launch.step import Step
 from framework.launch.verdict import Hang
 from framework.log import line
+from framework.programs.config import WatchConfig
 from framework.run import Run
 from framework.stacks import stack_file
-from framework.programs.config import WatchConfig
 
 LOOK = 0.1  # seconds between two looks at the step's client
 READ = 0.5  # seconds between two readings of the run directory
