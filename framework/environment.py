@@ -91,6 +91,19 @@ def node_name() -> str:
     return os.environ.get("CUBOID_NODE") or socket.gethostname()
 
 
+def local_world_size() -> int:
+    """How many ranks this node has; 1 where no launcher says so."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"the environment variable LOCAL_WORLD_SIZE={text!r} isn't a number of ranks")
+    return int(text)
+
+
+def master_address() -> tuple[str, int]:
+    """Host and port at which the first rank is met."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
 def switch_address() -> str:
     """Where this node stands in the network, outermost switch first, joined by dots; "" where nobody knows."""
     return os.environ.get("CUBOID_SWITCH", "")
@@ -163,6 +176,11 @@ def be_first_rank() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     if not visible_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def keep_after_failure() -> None:
+    """A failed collective of NCCL is reported to this process, and doesn't end it."""
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
 
 
 def visible_gpus() -> int:
