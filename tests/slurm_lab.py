@@ -43,6 +43,10 @@ class Lab:
         """End every process of the lab and delete its folder."""
         self._lab("down")
 
+    def enter(self) -> None:
+        """Let what this process starts speak to this Slurm."""
+        os.environ["SLURM_CONF"] = self.environment["SLURM_CONF"]
+
     def kill_node(self, node: str) -> None:
         """The node's slurmd dies; the ranks on it live on, unseen by Slurm."""
         self._lab("kill-node", node)
