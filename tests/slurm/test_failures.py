@@ -4,8 +4,10 @@ says, and no step is lost or done twice beyond what was saved.
 
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from framework.launch.config import HealthConfig
 from framework.programs.config import WatchConfig
 from light_jobs import LightRun, light_run
 from slurm_lab import Lab
@@ -137,3 +139,120 @@ def test_cancelled(lab: Lab, tmp_path: Path) -> None:
     assert f"step {verdict.step} is saved" in str(finished.reason)
     lab.wait_state(run.id, "CANCELLED")
     assert len(run.events("started")) == 1
+
+
+def test_lost_node_with_a_spare(lab: Lab, tmp_path: Path) -> None:
+    run = light_run(lab, tmp_path, {"steps": 900}, spare_nodes=1)
+    run.submit()
+    run.wait_step(10)
+    hosts = run.last("launched").nodes
+    assert hosts is not None
+    begin = time.monotonic()
+    lab.lose_node(hosts[1])
+    try:
+        run.wait_step(1, attempt=1)
+        again = run.last("launched").nodes
+        assert again is not None and len(again) == 2 and hosts[1] not in again
+        assert run.last("excluded").node == hosts[1] and not run.events("requeued")
+        print(f"swapped after {time.monotonic() - begin:.1f} s")
+        lab.run("scancel", run.id)
+        assert run.wait_finished().outcome == "cancelled"
+    finally:
+        lab.start_node(hosts[1])
+    lab.wait_node(hosts[1], "idle")
+
+
+def test_lost_node_of_an_elastic_run(lab: Lab, tmp_path: Path) -> None:
+    run = light_run(lab, tmp_path, {"steps": 900}, nodes=(1, 2))
+    run.submit()
+    run.wait_step(10)
+    hosts = run.last("launched").nodes
+    assert hosts is not None and run.last("launched").ranks == 4
+    lab.lose_node(hosts[1])
+    try:
+        run.wait_step(1, attempt=1)
+        assert (run.last("launched").nodes, run.last("launched").ranks) == (hosts[:1], 2)
+        lab.run("scancel", run.id)
+        assert run.wait_finished().outcome == "cancelled"
+    finally:
+        lab.start_node(hosts[1])
+    lab.wait_node(hosts[1], "idle")
+
+
+def test_lost_node_of_the_supervisor(lab: Lab, tmp_path: Path) -> None:
+    run = light_run(lab, tmp_path, {"steps": 900}, spare_nodes=1)
+    run.submit()
+    run.wait_step(10)
+    first = run.last("started").nodes
+    assert first is not None
+    lab.lose_node(first[0])
+    try:
+        run.wait(lambda: len(run.events("started")) == 2, 60)
+        run.wait_step(1, attempt=1)
+        again = run.last("launched").nodes
+        assert again is not None and first[0] not in again
+        assert first[0] in str(run.last("requeued").reason)
+        lab.run("scancel", run.id)
+        assert run.wait_finished().outcome == "cancelled"
+    finally:
+        lab.start_node(first[0])
+    lab.wait_node(first[0], "idle")
+
+
+def test_lost_node_without_a_spare(lab: Lab, tmp_path: Path) -> None:
+    run = light_run(lab, tmp_path, {"steps": 900})
+    run.submit()
+    run.wait_step(10)
+    hosts = run.last("launched").nodes
+    assert hosts is not None
+    lab.lose_node(hosts[1])
+    try:
+        run.wait(lambda: len(run.events("started")) == 2, 60)
+        run.wait_step(1, attempt=1)
+        again = run.last("launched").nodes
+        assert again is not None and hosts[1] not in again
+        lab.run("scancel", run.id)
+        assert run.wait_finished().outcome == "cancelled"
+    finally:
+        lab.start_node(hosts[1])
+    lab.wait_node(hosts[1], "idle")
+
+
+def test_zombies_commit_nothing(lab: Lab, tmp_path: Path) -> None:
+    run = light_run(lab, tmp_path, {"steps": 5000}, nodes=(1, 1))
+    run.submit()
+    run.wait_step(10)
+    hosts = run.last("launched").nodes
+    assert hosts is not None
+    pids = [run.rank(rank)[0] for rank in range(2)]
+    lab.kill_node(hosts[0])
+    try:
+        run.wait(lambda: len(run.events("launched")) == 2, 60)
+        failure = run.path / "attempts" / "0000" / "failures" / "rank-0.json"
+        run.wait(failure.exists)
+        assert "attempt 1 has taken over" in failure.read_text()
+        run.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+        run.wait_step(1, attempt=1)
+        start = run.beat().resumed  # type: ignore[union-attr]
+        late = [path.name for path in (run.path / "checkpoints").glob("step-*-0000/manifest.json")]
+        folders = [path.parent.name for path in (run.path / "checkpoints").glob("step-*-0000/manifest.json")]
+        assert late and max(int(name.split("-")[1]) for name in folders) == start
+        lab.run("scancel", run.id)
+        assert run.wait_finished().outcome == "cancelled"
+    finally:
+        lab.start_node(hosts[0])
+    lab.wait_node(hosts[0], "idle")
+
+
+def test_bad_node_is_excluded_and_remembered(lab: Lab, tmp_path: Path) -> None:
+    health = HealthConfig(level="basic", disk=0.0, command='test "$(hostname)" != "$(cat bad)" || { echo no GPU; false; }')
+    health = replace(health, command=health.command.replace("cat bad", f"cat {tmp_path}/bad"))
+    (tmp_path / "bad").write_text("node1")
+    run = light_run(lab, tmp_path, {"steps": 12}, health=health)
+    run.submit()
+    assert run.wait_finished(90).outcome == "done"
+    excluded = run.last("excluded")
+    assert excluded.node == "node1" and "no GPU" in str(excluded.reason)
+    hosts = run.last("launched").nodes
+    assert hosts is not None and "node1" not in hosts and is_whole(run, 12)
+    assert "node1" in (tmp_path / "nodes.json").read_text()
