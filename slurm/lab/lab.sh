@@ -80,7 +80,10 @@ signal() { # SIGNAL NODE: to all that runs there; fails where nothing does
 }
 
 destroy() { # SIGKILL to all on a node until nothing is left; a process may have forked meanwhile
-    while signal KILL "$1"; do sleep 0.01; done
+    for _ in $(seq 500); do
+        signal KILL "$1" || break
+        sleep 0.01
+    done
     ! kill -KILL "$(holder "$1")" 2>/dev/null || rm -f "$dir/machines/$1"
 }
 
