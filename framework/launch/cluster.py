@@ -21,7 +21,7 @@ from framework.recipe import Recipe
 
 
 def load_cluster(path: Path, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """A cluster's file, its bases and key=value words. Raises ValueError with the file or key, the value and the fix."""
+    """A cluster's file, its bases and key=value words. Raises ValueError with the key, the value and the fix."""
     tree = apply_overrides(read_layers(path, check=check_layer, noun="cluster"), list(overrides))
     tree.setdefault("name", path.stem)
     try:
