@@ -34,6 +34,7 @@ from framework.models.config import ExecutionConfig, LoraConfig, ModelConfig
 from framework.parallel.config import MeshConfig
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig, check_engine
 from framework.plan.parameters import check_patterns
+from framework.programs.config import WatchConfig
 from framework.shapes import TokenShape, latent_shape, token_shape
 from framework.text.config import TextConfig, text_width
 from framework.tokenizer.config import TokenizerConfig, tokenizer_channels, tokenizer_strides
@@ -111,10 +112,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """every: steps between printed lines. tensorboard: also write event files into the run directory."""
+    """every: steps between printed lines. tensorboard: also write event files into the run directory. wandb: project of
+    Weights & Biases, to which all attempts report as one run; "" = none.
+    """
 
     every: int = 10
     tensorboard: bool = False
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -162,6 +166,7 @@ class Recipe:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
 

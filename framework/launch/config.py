@@ -14,7 +14,8 @@ class HealthConfig:
 
     level: off; basic, without torch (disk, clock, memory, `command`); full, also a matrix product on every GPU and
     all-reduces within and across nodes, with their bandwidths. disk: free gigabytes (10^9 bytes) in the cluster's
-    scratch. clock: seconds by which its clock may differ from the first node's. memory: free gigabytes of a GPU.
+    scratch. shm: likewise in /dev/shm, which NCCL uses; a container's 64 MB aren't enough. host: available gigabytes of
+    the node's memory. clock: seconds by which its clock may differ from the others'. memory: free gigabytes of a GPU.
     tflops: of a GPU's bfloat16 matrix product; link, network: GB/s of an all-reduce within a node, and across; 0 =
     anything. command: of the site, run by a shell on each node; a status other than 0 means that the node is bad.
     timeout: seconds for all of it. expiry: hours for which a node that failed is left out.
@@ -22,6 +23,8 @@ class HealthConfig:
 
     level: Literal["off", "basic", "full"] = "full"
     disk: float = 5.0
+    shm: float = 0.25
+    host: float = 2.0
     clock: float = 2.0
     memory: float = 0.0
     tflops: float = 0.0
@@ -30,6 +33,14 @@ class HealthConfig:
     command: str = ""
     timeout: float = 120.0
     expiry: float = 72.0
+
+    def __post_init__(self) -> None:
+        for name in ("disk", "shm", "host", "clock", "memory", "tflops", "link", "network"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"health.{name}={getattr(self, name)} must be at least 0")
+        for name in ("timeout", "expiry"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"health.{name}={getattr(self, name)} must be above 0")
 
 
 @dataclass(frozen=True)

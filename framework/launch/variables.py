@@ -1,13 +1,9 @@
 """The environment of a cluster's processes: what every rank gets, below what the cluster's file says."""
 
 from pathlib import Path
-from typing import Final
 
 from framework.environment import RANK_DEFAULTS
 from framework.launch.config import ClusterConfig
-
-# Collectives that a process group remembers, for the dump after a timeout: some hundred kB of a rank.
-RECORDED: Final = "2000"
 
 
 def rank_environment(cluster: ClusterConfig, user: str, *, attempt: Path | None = None) -> dict[str, str]:
@@ -20,6 +16,7 @@ def rank_environment(cluster: ClusterConfig, user: str, *, attempt: Path | None 
     caches = Path(cluster.scratch) / f"cuboid-{user}"
     variables = {
         **RANK_DEFAULTS,
+        "PYTHONSAFEPATH": "1",  # `python -m` would take a checkout in the working directory for the job's code
         "OMP_NUM_THREADS": str(cluster.cpus_per_rank),
         # Compiled kernels lie on the node's disk: thousands of small files, and locks that network disks don't keep.
         "TRITON_CACHE_DIR": str(caches / "triton"),
@@ -33,7 +30,6 @@ def rank_environment(cluster: ClusterConfig, user: str, *, attempt: Path | None 
         variables["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"
         if attempt is not None:
             variables |= {
-                "TORCH_FR_BUFFER_SIZE": RECORDED,
                 "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
                 "TORCH_FR_DUMP_TEMP_FILE": str(attempt / "logs" / "collectives-"),
             }
