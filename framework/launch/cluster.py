@@ -21,11 +21,12 @@ from framework.recipe import Recipe
 
 
 def load_cluster(path: Path, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """A cluster's file, its bases and key=value words. Raises ValueError with the file or key, the value and the fix."""
+    """A cluster's file, its bases and key=value words. Raises ValueError with the key, the value and the fix."""
     tree = apply_overrides(read_layers(path, check=check_layer, noun="cluster"), list(overrides))
     tree.setdefault("name", path.stem)
+    tree = shell_kept(settled(tree, str(path)))
     try:
-        cluster = OmegaConf.to_object(merge_typed(ClusterConfig, shell_kept(settled(tree)), f"the cluster {path}"))
+        cluster = OmegaConf.to_object(merge_typed(ClusterConfig, tree, f"the cluster {path}"))
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
     except ValueError as error:
@@ -41,17 +42,17 @@ def check_layer(tree: Tree, file: Path) -> None:
             f"{file} is a recipe (it sets {', '.join(foreign[:3])}), where a cluster's file is wanted: see "
             "slurm/clusters/ for some, and give the recipe as RECIPE"
         )
-    merge_typed(ClusterConfig, shell_kept(settled(tree)), str(file))
+    merge_typed(ClusterConfig, shell_kept(settled(tree, str(file))), str(file))
 
 
-def settled(tree: Tree) -> Tree:
+def settled(tree: Tree, source: str) -> Tree:
     """The tree with the truth values of `sbatch` as sbatch has them. Raises ValueError for one in `environment`, which
     nobody knows how to spell.
     """
     environment, sbatch = tree.get("environment"), tree.get("sbatch")
     for name, value in environment.items() if isinstance(environment, dict) else ():
         if value is None or isinstance(value, bool):
-            raise ValueError(f"environment.{name}={value}: write it in quotes, as the processes are to read it")
+            raise ValueError(f"{source}: environment.{name}={value}: write it in quotes, as processes are to read it")
     if not isinstance(sbatch, dict):
         return tree
     words = {option: "" if value is None or value is True else value for option, value in sbatch.items()}

@@ -118,15 +118,16 @@ def check_sbatch(options: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """name: of the cluster. ranks_per_node: one a GPU, or processes where there are none. gpus: whether a node has them,
-    and sbatch is asked for them (unless its own `gres` asks). gpu_type: as sbatch calls it, where a partition has
-    several. cpus_per_rank: cores of a rank. time: limit of a job, as sbatch takes it. notice: seconds before that limit, or before the end of a preempted
-    job's grace, at which ranks are told to save; above the longest step and save together. sbatch: any other of its
-    options by their long names, "" where one takes no value. srun: arguments of every step (containers, for one).
-    setup: lines of shell before anything else. environment: variables of every process. python: interpreter on the
-    nodes, by default the one that submits. scratch: directory on each node's own disk. spare_nodes: asked for and held
-    idle, for one that fails. requeues: how often in a row a job may come back without a new checkpoint. restarts:
-    likewise, within its allocation. nodes_file: where bad nodes are remembered, by default in the home directory.
+    """name: of the cluster. ranks_per_node: one a GPU, or processes where there are none. gpus: whether a node has
+    them, and sbatch is asked for them (unless its own `gres` asks). gpu_type: as sbatch calls it, where a partition
+    has several. cpus_per_rank: cores of a rank. time: limit of a job, as sbatch takes it. notice: seconds before that
+    limit, or before the end of a preempted job's grace, at which ranks are told to save; above the longest step and
+    save together. sbatch: any other of its options by their long names, "" where one takes no value. srun: arguments
+    of every step (containers, for one). setup: lines of shell before anything else. environment: variables of every
+    process. python: interpreter on the nodes, by default the one that submits. scratch: directory on each node's own
+    disk. spare_nodes: asked for and held idle, for one that fails. requeues: how often in a row a job may come back
+    without a new checkpoint. restarts: likewise, within its allocation. nodes_file: where bad nodes are remembered, by
+    default in the home directory.
     """
 
     name: str = ""

@@ -16,6 +16,7 @@ def rank_environment(cluster: ClusterConfig, user: str, *, attempt: Path | None 
     caches = Path(cluster.scratch) / f"cuboid-{user}"
     variables = {
         **RANK_DEFAULTS,
+        "PYTHONSAFEPATH": "1",  # `python -m` would take a checkout in the working directory for the job's code
         "OMP_NUM_THREADS": str(cluster.cpus_per_rank),
         # Compiled kernels lie on the node's disk: thousands of small files, and locks that network disks don't keep.
         "TRITON_CACHE_DIR": str(caches / "triton"),
