@@ -21,10 +21,11 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON list, in one line.")] = False,
 ) -> None:
     """What this machine has of what a run needs, and the fix of what it hasn't. Exit status 1 with problems."""
+    from framework.launch.cluster import load_cluster
     from framework.launch.doctor import doctor_here
     from framework.launch.doctor_report import bad_node_lines, has_problem, lines_of, to_json
 
-    described = None if cluster is None else read_cluster(cluster)
+    described = None if cluster is None else load_cluster(cluster)
     found = doctor_here(recipe, scratch or (described.scratch if described else "/tmp"))
     for line in [to_json(found)] if json else lines_of(found):
         log.line(line)

@@ -64,6 +64,7 @@ BOUND = ("checkpoint.store", "train.trainable")  # not free although the above m
 
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity"
+SNAPSHOT_PREFIX, COMMIT_FILE = "code-", "commit"  # of a copy of this package, launch/snapshot.py
 
 
 class RunFailure(RuntimeError):
@@ -330,7 +331,12 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this code's checkout, with + where it was changed; None outside one."""
+    """The commit of this code's checkout, with + where it was changed; None outside one. Of a job's copy of the code:
+    that of where it was taken.
+    """
+    folder = Path(__file__).resolve().parents[1]
+    if folder.name.startswith(SNAPSHOT_PREFIX) and (folder / COMMIT_FILE).is_file():
+        return (folder / COMMIT_FILE).read_text() or None
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

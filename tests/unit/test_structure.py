@@ -28,8 +28,8 @@ ROWS: Final = (
         "optim",
         "ema",
     ),  # a run stores a recipe
-    ("parallel.tensor_parallel", "parallel.context_parallel", "diffusion", "data", "heartbeat"),
-    ("models", "parallel.zero"),
+    ("parallel.tensor_parallel", "parallel.context_parallel", "diffusion", "data", "heartbeat", "stacks"),
+    ("models", "parallel.zero", "failure"),
     ("checkpoint", "metrics", "profiling", "evaluate", "curate"),
     ("programs", "launch"),
     ("cli_checkpoint", "cli_data", "cli_cluster"),
