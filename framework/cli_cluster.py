@@ -15,7 +15,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 @app.command()
 def doctor(
     *,
-    recipe: Annotated[Path | None, typer.Option(help="Also what this recipe needs: data, checkpoints, a start.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Also what this recipe needs: data, checkpoints, a start.")
+    ] = None,
     cluster: Annotated[Path | None, typer.Option(help="Cluster file: its scratch, and its bad nodes.")] = None,
     scratch: Annotated[str | None, typer.Option(help="Directory on this machine's own disk.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON list, in one line.")] = False,
@@ -42,6 +44,6 @@ def health(folder: Annotated[Path, typer.Argument(help="Where the request lies."
     env = read_environment()
     if env is None:
         raise ValueError("`cuboid health` is started by a job's script, on every node")
-    from framework.launch.health import check_health
+    from framework.launch.health_step import check_health
 
     check_health(folder, env)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from framework.environment import Environment
-from framework.launch import device_checks, health
+from framework.launch import device_checks, health_step
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def check(env: Environment, folder: Path, per_node: int, broken: Break | None = 
         if broken.how == "absent":
             return 0.0
         put_in(broken.how)
-    health.check_health(folder, Environment(env.rank, env.world_size, local_rank, None))
+    health_step.check_health(folder, Environment(env.rank, env.world_size, local_rank, None))
     return time.monotonic() - begin
 
 

@@ -100,13 +100,15 @@ def check_torch() -> list[Finding]:
         fix = f"a driver for CUDA {cuda}, or a torch for this driver" if cuda else "install torch for CUDA"
         return [*found, Finding("GPUs", f"{shown} here, and torch sees none", "problem", fix)]
     if not here:
-        return [*found, Finding("GPUs", "none", "warning", "as it should be on a login node; a run here uses the CPU")]
+        return [*found, Finding("GPUs", "none: a run here uses the CPU")]
     found.append(Finding("NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
     found.append(Finding("cuDNN", str(torch.backends.cudnn.version())))
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     kinds = [f"{one.name} {one.total_memory / GB:.0f} GB" for one in properties]
     text = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
-    fix = "" if len(set(kinds)) == 1 else "a mesh of unlike GPUs is as slow as the slowest, with the memory of the least"
+    fix = (
+        "" if len(set(kinds)) == 1 else "a mesh of unlike GPUs is as slow as the slowest, with the memory of the least"
+    )
     found.append(Finding("GPUs", text, "warning" if fix else "ok", fix))
     free = [torch.cuda.mem_get_info(index)[0] / one.total_memory for index, one in enumerate(properties)]
     if min(free) < 0.9:
@@ -190,9 +192,9 @@ def check_slurm() -> Finding:
     version = output_of(["sbatch", "--version"]) if "sbatch" in there else None
     if missing:
         fix = "load Slurm's module, or put its bin on the PATH"
-        return Finding("Slurm", f"{', '.join(missing)} not on the PATH", "problem", fix)
+        return Finding("Slurm", f"{', '.join(missing)} not on the PATH", "warning", fix)
     if version is None:
-        return Finding("Slurm", "sbatch doesn't work", "problem", "run sbatch --version, which says why")
+        return Finding("Slurm", "sbatch doesn't work: no job can be submitted", "warning", "sbatch --version says why")
     return Finding("Slurm", version.removeprefix("slurm "))
 
 
@@ -212,7 +214,9 @@ def check_recipe(path: Path) -> list[Finding]:
 
     return [
         *(
-            told("data", f"{url} can be read", open_source(url).check_readable, "see README: object stores, or the path")
+            told(
+                "data", f"{url} can be read", open_source(url).check_readable, "see README: object stores, or the path"
+            )
             for url in streams_in(recipe)
         ),
         told("checkpoints", "can be written", lambda: check_store(recipe), "see checkpoint.store and run"),

@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from framework.environment import keep_after_failure, visible_gpus
 from framework.launch import device_checks
-from framework.launch.health import ACROSS, LOCAL, MEET, Draft, meet, open_meeting
+from framework.launch.health_draft import ACROSS, LOCAL, MEET, Draft, meet, open_meeting
 from framework.launch.node_checks import GB, Checked, check_node
 from framework.run import write_atomically
 
