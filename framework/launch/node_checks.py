@@ -14,8 +14,8 @@ from pathlib import Path
 from framework.launch.config import HealthConfig
 
 GB = 1e9
-SHM = Path("/dev/shm")
-MEMINFO = Path("/proc/meminfo")
+SHM = "/dev/shm"
+MEMINFO = "/proc/meminfo"
 PROBE_BYTES = 1 << 20
 
 
@@ -46,20 +46,22 @@ def check_disk(scratch: Path, limit: float) -> Checked:
     return Checked(tuple(problems), {"disk_gb": round(free, 1)})
 
 
-def check_shm(limit: float, place: Path = SHM) -> Checked:
+def check_shm(limit: float, place: str = SHM) -> Checked:
     """limit: free gigabytes. A machine without such a place passes."""
-    if not place.is_dir():
+    if not Path(place).is_dir():
         return Checked()
     free = shutil.disk_usage(place).free / GB
     problem = f"{place} has {free:.2f} GB free, below shm={limit:g}: dead jobs' files, or a container's default"
     return Checked((problem,) if free < limit else (), {"shm_gb": round(free, 2)})
 
 
-def check_memory(limit: float, meminfo: Path = MEMINFO) -> Checked:
+def check_memory(limit: float, meminfo: str = MEMINFO) -> Checked:
     """limit: available gigabytes. A machine that doesn't say passes."""
-    if not meminfo.is_file():
+    if not Path(meminfo).is_file():
         return Checked()
-    words = next((line.split() for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")), None)
+    words = next(
+        (line.split() for line in Path(meminfo).read_text().splitlines() if line.startswith("MemAvailable:")), None
+    )
     if words is None:
         return Checked()
     free = int(words[1]) * 1024 / GB

@@ -191,13 +191,13 @@ def test_checks_without_torch_name_the_value_and_the_limit(tmp_path: Path) -> No
     assert "can't be written" in check_disk(tmp_path / "file", 0).problems[0]
     assert check_disk(tmp_path / "made", 0).problems == ()
     assert list((tmp_path / "made").iterdir()) == []
-    assert "below shm=1e+09" in check_shm(1e9, tmp_path).problems[0]
-    assert check_shm(1e9, tmp_path / "absent").problems == ()
+    assert "below shm=1e+09" in check_shm(1e9, str(tmp_path)).problems[0]
+    assert check_shm(1e9, str(tmp_path / "absent")).problems == ()
     (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    1000000 kB\n")
-    assert check_memory(2, tmp_path / "meminfo").problems == (
+    assert check_memory(2, str(tmp_path / "meminfo")).problems == (
         "1.0 GB of memory are available, below host=2: another process holds the rest",
     )
-    assert check_memory(1, tmp_path / "meminfo").numbers == {"memory_gb": 1.0}
+    assert check_memory(1, str(tmp_path / "meminfo")).numbers == {"memory_gb": 1.0}
 
 
 def test_a_command_is_judged_by_its_status_and_has_its_time() -> None:
