@@ -72,7 +72,7 @@ def sbatch_parameters(job: Job) -> dict[str, object]:
 
 def gpus_of(cluster: ClusterConfig) -> str | None:
     """sbatch's --gpus-per-node."""
-    if not cluster.gpus:
+    if not cluster.gpus or "gres" in cluster.sbatch:
         return None
     return f"{cluster.gpu_type}:{cluster.ranks_per_node}" if cluster.gpu_type else str(cluster.ranks_per_node)
 
@@ -105,6 +105,7 @@ def srun_words(
         f"--ntasks={len(hosts) * tasks_a_node}",
         f"--ntasks-per-node={tasks_a_node}",
         f"--cpus-per-task={job.cluster.cpus_per_rank}",
+        *([f"--gpus-per-node={gpus}"] if (gpus := gpus_of(job.cluster)) else []),
         f"--nodelist={','.join(hosts)}",
         f"--kill-on-bad-exit={0 if tolerant else 1}",
         *(["--no-kill"] if tolerant else []),
