@@ -25,9 +25,8 @@ from typing import Final
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 DUMP_SIGNAL = signal.SIGUSR1  # asks a rank for its stacks (stacks.py)
-# What NCCL's flight recorder (stacks.py) needs of the launcher: how many collectives it keeps, under the name of today
-# and under that of torch before 2.9.
-FLIGHT_RECORDER: Final = MappingProxyType({"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"})
+# What NCCL's flight recorder (stacks.py) needs of the launcher: how many collectives it keeps.
+FLIGHT_RECORDER: Final = MappingProxyType({"TORCH_FR_BUFFER_SIZE": "2000"})
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -153,8 +152,8 @@ def gpu_capability() -> tuple[int, int] | None:
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2 (what schedulers send ahead of the end); the loop finishes its step, saves
-    and ends.
+    """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2 (what schedulers send ahead of the end); the loop finishes its step,
+    saves and ends.
     """
 
     def __init__(self) -> None:
