@@ -59,7 +59,13 @@ def test_phases_and_steps(tmp_path: Path, clock: Clock) -> None:
     text = (run.attempt_path / "heartbeat.json").read_text()
     assert "NaN" not in text and "Infinity" not in text and json.loads(text)["loss"] is None
     beat = read_heartbeat(run)
-    assert beat is not None and (beat.step, beat.resumed, beat.last, beat.saved, beat.saved_at) == (24, 20, 30, 22, 109.4)
+    assert beat is not None and (beat.step, beat.resumed, beat.last, beat.saved, beat.saved_at) == (
+        24,
+        20,
+        30,
+        22,
+        109.4,
+    )
     assert (beat.compute, beat.waited) == ((0.1, 0.2), (0.0, 0.5))
     assert beat.seconds == {"import": 12.0, "init": 3.0, "first_step": 4.0, "step": 3.5, "save": 1.5}
     assert beat.since == 114.0

@@ -27,8 +27,7 @@ def test_keys_are_free_on_resume(tmp_path: Path) -> None:
     check_changes(stored, replace(stored, watch=WatchConfig(1, 2, 3, 4), log=LogConfig(wandb="videos")))
 
 
-def test_the_probe_times_work_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More work takes longer; a rank that sleeps beside it doesn't."""
+def test_the_probe_times_a_piece_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = Probe(torch.device("cpu"), lone_mesh().control)
     little = probe.measure()
     monkeypatch.setattr("framework.programs.probe.CPU_SIDE", 768)
