@@ -1,12 +1,15 @@
 """What a failing rank says, and which of several ranks' records tells why."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from framework.failure import Failure, failure_of, first_failure, read_failures, write_failure
+from framework.launch.local import explain
 from framework.run import RunFailure
 from framework.storage.request import StoreError
 
@@ -79,3 +82,14 @@ def test_a_consequence_never_hides_the_cause(tmp_path: Path) -> None:
     assert first_failure(tmp_path) == cause
     assert [record.rank for record in read_failures(tmp_path)] == [1, 3, 2, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"rank-{rank}.json" for rank in range(4)]
+
+
+def test_an_abort_is_told_by_its_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NCCL aborts the others, perhaps before the rank that failed has ended; a kill from outside is a cause itself."""
+    write_failure(tmp_path, Failure(1, "error: full", 1, 11.0, "storage", "OSError", "save", 4))
+    for number, told in ((signal.SIGABRT, "error: full\n"), (signal.SIGKILL, "rank 0 was killed by SIGKILL")):
+        assert explain(tmp_path, SimpleNamespace(returncode=-number), 0, []) == 1  # type: ignore[arg-type]
+        assert told in capsys.readouterr().err
+    write_failure(tmp_path, Failure(1, "error: lost", 1, 11.0, "lost_peer", "RuntimeError", "step", 4))
+    explain(tmp_path, SimpleNamespace(returncode=-signal.SIGABRT), 0, [])  # type: ignore[arg-type]
+    assert "rank 0 was killed by SIGABRT" in capsys.readouterr().err
