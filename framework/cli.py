@@ -294,7 +294,7 @@ def fail(error: Exception, heart: Heart) -> int:
     failure = failure_of(error, rank=0 if env is None else env.rank, phase=beat.phase, step=beat.step)
     if env is not None and env.failures is not None:
         write_failure(env.failures, failure)
-    else:
+    if env is None or env.failures is None or env.attempt is not None:  # a launcher that claims keeps each rank's log
         log.error(failure.message)
     return failure.status
 

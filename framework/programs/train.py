@@ -27,7 +27,7 @@ from framework.ema import Ema
 from framework.environment import Environment, StopFlag
 from framework.heartbeat import Heart, process_began
 from framework.log import ProgressReport
-from framework.metrics import MetricsWriter, StepRecord, WandbRun
+from framework.metrics import MetricsWriter, StepRecord, open_metrics
 from framework.models.patchify import patchify
 from framework.optim import learning_rate
 from framework.parallel.collectives import all_reduce_sum, barrier, gather_objects
@@ -39,8 +39,8 @@ from framework.plan.parameters import elements_of, parameter_shapes
 from framework.plan.zero_traffic import engine_traffic
 from framework.programs import build
 from framework.programs.observe import Observer
-from framework.programs.watch import Watch
-from framework.recipe import Recipe, bucket_tokens, flatten, resolve_auto
+from framework.programs.watch import Watch, agreed_signal
+from framework.recipe import Recipe, bucket_tokens, resolve_auto
 from framework.run import Resolved, Run, RunFailure, Verdict, recipe_hash, versions
 from framework.shapes import LatentShape
 from framework.stacks import dump_on_signal
@@ -232,20 +232,6 @@ def loop(
     for text in saver.report():
         report.say(text)
     return progress, stopped
-
-
-def agreed_signal(stop: StopFlag, mesh: Mesh) -> int | None:
-    """The signal that some rank was sent before the first step. A collective over the world."""
-    asked = torch.tensor([stop.signal or 0])
-    all_reduce_sum(asked, mesh.control, "stop").wait()
-    return (stop.signal or signal.SIGTERM) if asked.item() else None
-
-
-def open_metrics(recipe: Recipe, run: Run, *, start: int, writes: bool) -> MetricsWriter:
-    """Where a step's numbers go."""
-    config, project = recipe.log, recipe.log.wandb
-    wandb = WandbRun(project, run.path, flatten(recipe)) if writes and project else None
-    return MetricsWriter(run.path, start=start, writes=writes, tensorboard=config.tensorboard, wandb=wandb)
 
 
 def build_subject(
