@@ -18,30 +18,45 @@ class NoLabError(Exception):
 class Lab:
     """A Slurm with the nodes node0, node1, ... and partitions low and high; `environment` is that of its clients."""
 
-    def __init__(self, folder: Path, *, num_nodes: int = 4, **settings: int) -> None:
-        """`settings` are lab.sh's: kill_wait=2 is SLURM_LAB_KILL_WAIT=2."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_nodes: int = 4,
+        kill_wait: int = 5,
+        grace: int = 10,
+        slurmd_timeout: int = 10,
+        message_timeout: int = 5,
+    ) -> None:
+        """The last four are Slurm's KillWait, GraceTime, SlurmdTimeout and MessageTimeout, in seconds."""
         self.folder = folder
-        self.num_nodes = num_nodes
-        clean = {name: value for name, value in os.environ.items() if not INHERITED.match(name)}
-        own = {f"SLURM_LAB_{name.upper()}": str(value) for name, value in settings.items()}
-        self.environment = (
-            clean
-            | own
-            | {
-                "SLURM_LAB": str(folder),
-                "SLURM_LAB_NODES": str(num_nodes),
-                "SLURM_CONF": str(folder / "slurm.conf"),
-            }
-        )
+        inherited = {name: value for name, value in os.environ.items() if not INHERITED.match(name)}
+        self.environment = inherited | {
+            "SLURM_LAB": str(folder),
+            "SLURM_LAB_NODES": str(num_nodes),
+            "SLURM_LAB_KILL_WAIT": str(kill_wait),
+            "SLURM_LAB_GRACE": str(grace),
+            "SLURM_LAB_SLURMD_TIMEOUT": str(slurmd_timeout),
+            "SLURM_LAB_MESSAGE_TIMEOUT": str(message_timeout),
+            "SLURM_CONF": str(folder / "slurm.conf"),
+        }
         self.start()
 
     def start(self) -> None:
         """Start the daemons, and wait until every node is idle."""
-        self._lab("up")
+        try:
+            self._lab("up")
+        except AssertionError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End every process of the lab and delete its folder."""
         self._lab("down")
+
+    def enter(self) -> None:
+        """Let what this process starts speak to this Slurm."""
+        os.environ["SLURM_CONF"] = self.environment["SLURM_CONF"]
 
     def kill_node(self, node: str) -> None:
         """The node's slurmd dies; the ranks on it live on, unseen by Slurm."""

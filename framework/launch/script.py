@@ -55,7 +55,7 @@ def sbatch_parameters(job: Job) -> dict[str, object]:
         options |= {"dependency": job.dependency, "kill-on-invalid-dep": "yes"}
     if job.exclude:
         options["exclude"] = ",".join(job.exclude)
-    setup = [*cluster.setup, f"export PYTHONPATH={shlex.quote(job.code)}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    code = f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(job.code)}${{PYTHONPATH:+:$PYTHONPATH}}"
     return {
         "job_name": job.name,
         "nodes": most,
@@ -63,7 +63,7 @@ def sbatch_parameters(job: Job) -> dict[str, object]:
         "cpus_per_task": cluster.cpus_per_rank,
         "gpus_per_node": gpus_of(cluster),
         "signal_delay_s": cluster.notice,
-        "setup": setup,
+        "setup": [*cluster.setup, code],
         "use_srun": False,
         "wckey": None,
         "additional_parameters": options | {name: value or True for name, value in cluster.sbatch.items()},

@@ -25,12 +25,14 @@ kill-node | lose-node | freeze-node | start-node) node=${2:-} && shift ;;
 esac
 dir=$(realpath -m "${2:-${SLURM_LAB:-/tmp/slurm-lab}}")
 num_nodes=${SLURM_LAB_NODES:-4}
-num_cpus=${SLURM_LAB_CPUS:-8}                # of a node; more than the machine has is fine
-num_gpus=${SLURM_LAB_GPUS:-8}                # of a node; each is another name of /dev/null
-slurmd_timeout=${SLURM_LAB_SLURMD_TIMEOUT:-10} # seconds of silence until a node is down; Slurm's own value is 300
-kill_wait=${SLURM_LAB_KILL_WAIT:-5}          # seconds from SIGTERM to SIGKILL; 30
-grace=${SLURM_LAB_GRACE:-10}                 # seconds from the warning of a preemption to SIGTERM; 0
-cred_expire=${SLURM_LAB_CRED_EXPIRE:-5}      # seconds until a requeued job may start, 5 at least; 120
+num_cpus=${SLURM_LAB_CPUS:-8} # of a node; more than the machine has is fine
+num_gpus=${SLURM_LAB_GPUS:-8} # of a node; each is another name of /dev/null
+# Seconds. Slurm's own values are made for a cluster: 300, 10, 30, 0 and 120.
+slurmd_timeout=${SLURM_LAB_SLURMD_TIMEOUT:-10}  # of silence until a node is down; with the next it is noticed after 17,
+message_timeout=${SLURM_LAB_MESSAGE_TIMEOUT:-5} # until a request counts as unanswered; and with 5 and 2 after 9
+kill_wait=${SLURM_LAB_KILL_WAIT:-5}             # from SIGTERM to SIGKILL
+grace=${SLURM_LAB_GRACE:-10}                    # from the warning of a preemption to SIGTERM
+cred_expire=${SLURM_LAB_CRED_EXPIRE:-5}         # until a requeued job may start
 export SLURM_CONF=$dir/slurm.conf
 
 refuse() { echo "error: $*" >&2 && exit 2; }
@@ -78,7 +80,10 @@ signal() { # SIGNAL NODE: to all that runs there; fails where nothing does
 }
 
 destroy() { # SIGKILL to all on a node until nothing is left; a process may have forked meanwhile
-    while signal KILL "$1"; do sleep 0.01; done
+    for _ in $(seq 500); do
+        signal KILL "$1" || break
+        sleep 0.01
+    done
     ! kill -KILL "$(holder "$1")" 2>/dev/null || rm -f "$dir/machines/$1"
 }
 
@@ -89,8 +94,13 @@ running() { # NODE: does its slurmd run?
     pid=$(cat "$dir/run/$1.pid" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = slurmd ] && ! grep -q '^State:.Z' "/proc/$pid/status"
 }
 
+installed() {
+    local program
+    for program in slurmctld slurmd munged sbatch srun; do command -v "$program" >/dev/null || return 1; done
+}
+
 install_packages() {
-    command -v slurmctld slurmd munged sbatch >/dev/null && return 0
+    installed && return 0
     command -v apt-get >/dev/null || refuse "no slurmctld, slurmd or munged, and no apt-get to install them with"
     mkdir -p "$dir/log"
     # The packages would start daemons of their own; in a mount namespace of its own that can be kept from them.
@@ -98,8 +108,7 @@ install_packages() {
         for starter in /usr/sbin/invoke-rc.d /usr/bin/deb-systemd-invoke; do [ ! -e $starter ] || mount --bind /bin/true $starter; done
         install() { apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=120 slurm-wlm slurm-wlm-basic-plugins munge; }
         install || { apt-get update -qq && install; }' >"$dir/log/apt.log" 2>&1 || true
-    command -v slurmctld slurmd munged sbatch >/dev/null ||
-        refuse "apt-get could not install slurm-wlm and munge: $(grep '^E:' "$dir/log/apt.log" | tail -1)"
+    installed || refuse "apt-get could not install slurm-wlm and munge: $(grep '^E:' "$dir/log/apt.log" | tail -1)"
 }
 
 free_port() { # a base such that the ports of the controller and of all nodes are free
@@ -155,7 +164,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 ReturnToService=2
 SlurmdTimeout=$slurmd_timeout
-MessageTimeout=5
+MessageTimeout=$message_timeout
 KillWait=$kill_wait
 
 # A job in "high" takes nodes from jobs in "low": those get the signal of --signal, GraceTime later SIGTERM, and are requeued.
@@ -212,6 +221,7 @@ wait_ready() { # until Slurm has heard of each of these nodes
 up() {
     local names each
     unshare --uts --mount true 2>/dev/null || refuse "no namespaces for the nodes (unshare --uts --mount is not permitted); in a container, run it with --privileged"
+    [ "$cred_expire" -ge 5 ] || refuse "SLURM_LAB_CRED_EXPIRE=$cred_expire: Slurm takes 5 or more, and 120 where it is less"
     install_packages
     if ! holder ctl >/dev/null; then
         write_configuration "${SLURM_LAB_PORT:-$(free_port)}"

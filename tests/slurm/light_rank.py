@@ -32,7 +32,9 @@ PATIENCE = 60.0
 
 @dataclass(frozen=True)
 class Plan:
-    """store: of the checkpoints. every: steps between saves. pause: seconds of a step, save: of a save."""
+    """store: of the checkpoints. every: steps between saves. pause: seconds of a step, save: of a save, start: of the
+    start. error: what the start fails with; crash: the step in which rank 1 fails.
+    """
 
     store: str
     steps: int
@@ -41,6 +43,7 @@ class Plan:
     save: float = 0.0
     start: float = 0.0
     error: str = ""
+    crash: int = 0
 
 
 class Exchange:
@@ -132,6 +135,8 @@ def train(plan: Plan, env: Environment, heart: Heart) -> Verdict:
     stopped = 0
     while step < plan.steps and not stopped:
         time.sleep(plan.pause)
+        if step + 1 == plan.crash and env.rank == 1:
+            raise RuntimeError("a made-up failure")
         stopped = exchange.largest(stop.signal or 0)
         step, total = step + 1, total + (step + 1) ** 2
         if env.rank == 0:
