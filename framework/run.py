@@ -51,6 +51,7 @@ FREE = (
     "data.cache.*",
     "data.bad_shards",
     "train.*",
+    "guard.*",
     "checkpoint.*",
     "validation.*",
     "sampler.*",
@@ -66,6 +67,10 @@ IDENTITY = "identity"
 
 class RunFailure(RuntimeError):
     """A failure that one message explains: printed without a traceback, exit status 1."""
+
+
+class BadNumbers(RunFailure):
+    """Too many updates in a row were skipped, and going back didn't help."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,9 @@ def check_directory(path: Path) -> None:
         raise ValueError(f"run={path} is a file: name a directory")
     if path.is_dir() and not is_run(path):
         others = sorted(
-            entry.name for entry in path.iterdir() if entry.name not in ("attempts", CHECKPOINTS, "lineage.json", "jobs")
+            entry.name
+            for entry in path.iterdir()
+            if entry.name not in ("attempts", CHECKPOINTS, "lineage.json", "jobs")
         )
         if others:
             raise ValueError(f"run={path} holds {others[0]!r} and is no run: name a new or empty directory")

@@ -1,12 +1,12 @@
 """`cuboid train`, on one rank: the loop."""
 
 import gc
+import math
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Protocol
 
@@ -15,31 +15,30 @@ from torch import Tensor
 
 from framework.batch import Batch, Noised, Tokens
 from framework.checkpoint.find import store_of
-from framework.checkpoint.local import local_directory
-from framework.checkpoint.manifest import Origin, Progress
-from framework.checkpoint.resume import Resumed, resume
+from framework.checkpoint.manifest import Progress
 from framework.checkpoint.save import Saver
-from framework.checkpoint.writer import Subject
 from framework.data.buckets import Stream, streams_of
 from framework.data.loader import Loader
 from framework.data.schedule import Schedule, Work
+from framework.data.windows import Windows
 from framework.ema import Ema
 from framework.environment import Environment, StopFlag
 from framework.log import ProgressReport
 from framework.metrics import MetricsWriter, StepRecord
 from framework.models.patchify import patchify
 from framework.optim import learning_rate
-from framework.parallel.collectives import all_reduce_sum, barrier, gather_objects
+from framework.parallel.collectives import all_reduce_sum, barrier
 from framework.parallel.context_parallel.tokens import split_tokens
-from framework.parallel.fragments import ParameterShard
 from framework.parallel.mesh import Mesh
 from framework.parallel.zero.engine import Engine, StepStats
 from framework.plan.parameters import elements_of, parameter_shapes
 from framework.plan.zero_traffic import engine_traffic
 from framework.programs import build
+from framework.programs.guard import Ended, ReplicaCheck, check_rollbacks, norm_limit, suspects_of, with_norm
 from framework.programs.observe import Observer
+from framework.programs.opening import Opened, build_subject, load
 from framework.recipe import Recipe, bucket_tokens, resolve_auto
-from framework.run import Resolved, Run, RunFailure, Verdict, recipe_hash, versions
+from framework.run import Resolved, Run, RunFailure, Verdict
 from framework.shapes import LatentShape
 
 
@@ -94,38 +93,75 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
     ema = Ema(engine.fragments(), recipe.ema)
-    fragments = [*engine.fragments(), *ema.fragments()]
-    near = local_directory(recipe.checkpoint.local, storage) if recipe.checkpoint.local else None
-    resumed = resume(storage, fragments, mesh.control, fall_back=recipe.resume.fall_back, near=near)
-    notes = list(invocation.notes)
-    if resumed is None:
-        build.initialise(fragments, recipe)
-        notes += build.take_weights(fragments, recipe, shards, mesh.control)
-        ema.restart()
-    else:
-        notes += resumed.notes
-    progress = Progress() if resumed is None else resumed.found.manifest.progress
-    if progress.step >= recipe.train.steps:
-        notes.append(f"the run {recipe.run} is finished: {progress.step} of {recipe.train.steps} steps are done")
-    engine.refresh(updates=progress.updates)
-    build.begin(fence, progress.step, mesh.control)
     streams = streams_of(recipe)
-    identity = build.agree_on_data(recipe, streams, mesh.control)
-    if resumed is not None:
-        build.check_same_data(recipe, resumed.found.manifest.origin.data, identity)
-    subject = build_subject(recipe, mesh, shards, run, resumed, data=identity)
-    saver = Saver(storage, recipe.checkpoint, mesh, fence=fence, subject=subject, fragments=fragments)
-    encoders = build.Encoders(recipe, build.this_device())
-    parts = build_parts(recipe, mesh, engine, streams=streams, ema=ema, encoders=encoders, start=progress.step)
+    opened = Opened(
+        recipe=recipe,
+        mesh=mesh,
+        storage=storage,
+        run=run,
+        fence=fence,
+        shards=shards,
+        engine=engine,
+        ema=ema,
+        fragments=[*engine.fragments(), *ema.fragments()],
+        streams=streams,
+        encoders=build.Encoders(recipe, build.this_device()),
+        data=build.agree_on_data(recipe, streams, mesh.control),
+        notes=invocation.notes,
+    )
     build.describe_data(recipe, streams, mesh, run)
+    ended = go_on(opened, None, stop)
+    while ended.bad:
+        check_rollbacks(ended, recipe.guard, recipe.train)
+        ended = go_on(opened, ended, stop)
+    progress, stopped = ended.progress, ended.signal
+    verdict = Verdict("stopped" if stopped else "done", progress.step, stopped)
+    if mesh.rank == 0:
+        run.write_verdict(verdict)
+    barrier(mesh.control)
+    return verdict
+
+
+def go_on(opened: Opened, before: Ended | None, stop: StopFlag) -> Ended:
+    """Train on from the newest checkpoint, or from the initial weights. before: how the steps ended that are gone back
+    from.
+    """
+    recipe, mesh, run = opened.recipe, opened.mesh, opened.run
+    loaded = load(opened, before)
+    progress = loaded.progress
+    subject = build_subject(opened, loaded.resumed)
+    saver = Saver(
+        opened.storage, recipe.checkpoint, mesh, fence=opened.fence, subject=subject, fragments=opened.fragments
+    )
+    engine, ema, encoders, streams = opened.engine, opened.ema, opened.encoders, opened.streams
+    parts = build_parts(
+        recipe,
+        mesh,
+        engine,
+        streams=streams,
+        ema=ema,
+        encoders=encoders,
+        start=progress.step,
+        skipped=progress.skipped,
+    )
     flow = build.build_flow(recipe)
     observer = Observer(recipe, mesh, run, flow=flow, engine=engine, ema=ema, encoders=encoders, streams=streams)
+    replicas = ReplicaCheck(engine.fragments(), mesh)
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
-    for text in (*notes, *start_lines(parts, progress, run)):
+    for text in (*loaded.notes, *(start_lines(parts, progress, run) if before is None else ())):
         report.say(text)
     metrics = MetricsWriter(run.path, start=progress.step, writes=mesh.rank == 0, tensorboard=recipe.log.tensorboard)
     try:
-        progress, stopped = loop(parts, progress, saver, observer=observer, metrics=metrics, report=report, stop=stop)
+        return loop(
+            parts,
+            progress,
+            saver,
+            observer=observer,
+            replicas=replicas,
+            metrics=metrics,
+            report=report,
+            stop=stop,
+        )
     except ValueError as error:
         # The user's mistakes are found before the loop; what is raised inside needs its traceback.
         raise RuntimeError(f"the run {run.path} failed: {error}") from error
@@ -135,11 +171,6 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
         parts.loader.close()
         report.close()
         metrics.close()
-    verdict = Verdict("stopped" if stopped else "done", progress.step, stopped)
-    if mesh.rank == 0:
-        run.write_verdict(verdict)
-    barrier(mesh.control)
-    return verdict
 
 
 def loop(
@@ -148,12 +179,13 @@ def loop(
     saver: Saver,
     *,
     observer: Observer,
+    replicas: ReplicaCheck,
     metrics: MetricsWriter,
     report: ProgressReport,
     stop: StopFlag,
-) -> tuple[Progress, int | None]:
-    """The steps. Returns where it ended and the signal that ended it, if one did."""
-    recipe, last = parts.recipe, parts.recipe.train.steps
+) -> Ended:
+    """The steps."""
+    recipe, last, saved = parts.recipe, parts.recipe.train.steps, progress.step
     pending: StepRecord | None = None
     stopped: int | None = None
     gc.disable()
@@ -164,9 +196,11 @@ def loop(
         agreement = all_reduce_sum(asked, parts.mesh.control, "stop")
         begin, waited = time.perf_counter(), parts.loader.waited
         work = parts.loader.next_work()
-        assert work.step == progress.step
-        loss_sum, stats, suspects = optimizer_step(parts, work)
-        progress = advance(progress, work, parts.num_tokens, stats)
+        assert work.step == progress.data_step
+        data = work.step if progress.skipped else None
+        limit = norm_limit(recipe.guard, progress.norms)
+        loss_sum, stats, suspects = optimizer_step(parts, work, step=progress.step, limit=limit)
+        progress = advance(progress, work, parts, stats)
         reduction = all_reduce_sum(loss_sum, parts.mesh.world, "loss")
         agreement.wait()
         signalled, failed, lost = asked.tolist()
@@ -178,7 +212,7 @@ def loop(
             work=reduction,
             count=parts.own_count(work),
             grad_norm=stats.grad_norm,
-            lr=learning_rate(recipe.optimizer, step=work.step),
+            lr=learning_rate(recipe.optimizer, step=progress.step - 1),
             tokens=step_tokens(work, parts.num_tokens),
             samples=work.num_samples,
             seconds=time.perf_counter() - begin,
@@ -187,6 +221,7 @@ def loop(
             traffic=traffic(parts.mesh),
             uids=suspects,
             lost=lost,
+            data=data,
         )
         for text in saver.report():
             report.say(text)
@@ -194,55 +229,44 @@ def loop(
             saver.wait()
             raise RunFailure("another rank couldn't save")
         stopped = (stop.signal or signal.SIGTERM) if signalled and progress.step < last else None
-        saves = progress.step % recipe.checkpoint.every == 0 or progress.step == last or stopped is not None
+        # One that falls due among bad updates waits for a good one: nothing is new before.
+        due = progress.step // recipe.checkpoint.every > saved // recipe.checkpoint.every and not progress.bad_steps
+        saves = due or progress.step == last or stopped is not None
         fails = progress.bad_steps >= recipe.train.max_bad_steps
+        compares = recipe.guard.hash_every > 0 and progress.step % recipe.guard.hash_every == 0
         if saves or fails or observer.is_due(progress.step):
             publish(metrics, report, pending)
             pending = None
+        if compares:
+            replicas.check(progress.step)
         if fails:
-            raise RunFailure(f"up to step {progress.step}, {progress.bad_steps} updates in a row had no finite norm")
+            saver.wait()
+            return Ended(progress, None, saved, bad=True)
         observer.observe(progress.step, metrics, report)
         if saves:
             saver.save(progress)
+            saved = progress.step
         if progress.step % recipe.train.collect_garbage_every == 0:
             gc.collect()
     saver.wait()
     for text in saver.report():
         report.say(text)
-    return progress, stopped
+    return Ended(progress, stopped, saved)
 
 
-def build_subject(
-    recipe: Recipe, mesh: Mesh, shards: list[ParameterShard], run: Run, resumed: Resumed | None, *, data: str
-) -> Subject:
-    """What the checkpoints of this attempt say of themselves."""
-    parents = (recipe.init_from,) if recipe.init_from else ()
-    origin = Origin(
-        attempt=run.attempt,
-        mesh=asdict(mesh.shape),
-        engine=recipe.zero.engine,
-        zero_stage=recipe.zero.stage,
-        precision=recipe.precision.parameters,
-        recipe=recipe_hash(recipe),
-        data=data,
-        versions=versions(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        parents=parents if resumed is None else (resumed.found.entry.folder,),
-    )
-    configs = {"model": asdict(recipe.model), "lora": asdict(recipe.lora)}
-    return Subject(origin, configs, shards, known=None if resumed is None else resumed.frozen)
-
-
-def optimizer_step(parts: Parts, work: Work) -> tuple[Tensor, StepStats, tuple[str, ...]]:
+def optimizer_step(
+    parts: Parts, work: Work, *, step: int | None = None, limit: float = math.inf
+) -> tuple[Tensor, StepStats, tuple[str, ...]]:
     """One step over its micro-batches: this rank's loss sum, the statistics, and of a skipped update the samples that
-    may have caused it.
+    may have caused it. step: the training step, where it isn't the data's. limit: the largest norm of an update.
     """
+    step = work.step if step is None else step
     losses = accumulate(parts, work)
-    stats = parts.engine.step(lr=learning_rate(parts.recipe.optimizer, step=work.step))
+    stats = parts.engine.step(lr=learning_rate(parts.recipe.optimizer, step=step), limit=limit)
     loss_sum = torch.stack([loss for loss, _ in losses]).sum()
     if stats.skipped:
         return loss_sum, stats, suspects_of(losses, parts.mesh)
-    parts.ema.update(step=work.step)
+    parts.ema.update(step=step)
     return loss_sum, stats, ()
 
 
@@ -258,16 +282,6 @@ def accumulate(parts: Parts, work: Work) -> list[tuple[Tensor, tuple[str, ...]]]
     return losses
 
 
-def suspects_of(losses: list[tuple[Tensor, tuple[str, ...]]], mesh: Mesh) -> tuple[str, ...]:
-    """The samples of all ranks whose loss isn't finite; every sample of the step where all losses are. A collective:
-    the gradient's norm is global, so all ranks skip together.
-    """
-    here = [(bool(torch.isfinite(loss)), [uid for uid in uids if uid]) for loss, uids in losses]
-    everywhere = [item for rank in gather_objects(here, mesh.control) for item in rank]
-    bad = [uid for finite, uids in everywhere if not finite for uid in uids]
-    return tuple(sorted(bad or [uid for _, uids in everywhere for uid in uids]))
-
-
 def build_parts(
     recipe: Recipe,
     mesh: Mesh,
@@ -277,8 +291,9 @@ def build_parts(
     ema: Ema,
     encoders: build.Encoders,
     start: int,
+    skipped: Windows = (),
 ) -> Parts:
-    """Data, objective and order for the loop."""
+    """Data, objective and order for the loop from step `start`, without the data in `skipped`."""
     meshes = build.bucket_meshes(recipe, mesh)
     schedule = build.build_schedule(recipe, streams, meshes)
     reads = any(each.replica.index == 0 for each in meshes)
@@ -292,22 +307,23 @@ def build_parts(
         ema=ema,
         flow=build.build_flow(recipe),
         schedule=schedule,
-        loader=build.build_loader(recipe, streams, builder, schedule, meshes=meshes, start=start),
+        loader=build.build_loader(recipe, streams, builder, schedule, meshes=meshes, start=start, skipped=skipped),
         latents=[builder.latent_shape(index) for index in range(len(recipe.data.buckets))],
         num_tokens=[bucket_tokens(recipe, index).num_tokens for index in range(len(recipe.data.buckets))],
         expected=schedule.batches.expected(recipe.data.rounds),
     )
 
 
-def advance(progress: Progress, work: Work, num_tokens: list[int], stats: StepStats) -> Progress:
+def advance(progress: Progress, work: Work, parts: Parts, stats: StepStats) -> Progress:
     """The progress after a step."""
     return replace(
         progress,
         step=progress.step + 1,
         updates=progress.updates + (not stats.skipped),
         samples=progress.samples + work.num_samples,
-        tokens=progress.tokens + step_tokens(work, num_tokens),
+        tokens=progress.tokens + step_tokens(work, parts.num_tokens),
         bad_steps=progress.bad_steps + 1 if stats.skipped else 0,
+        norms=with_norm(parts.recipe.guard, progress.norms, stats),
     )
 
 
@@ -335,7 +351,8 @@ def publish(metrics: MetricsWriter, report: ProgressReport, record: StepRecord) 
         tokens_per_second=record.tokens / record.seconds,
     )
     if record.skipped:
-        report.say(f"step {record.step}: gradient norm not finite, update skipped; samples {', '.join(record.uids)}")
+        why = "not finite" if record.why == "not finite" else f"{record.grad_norm:.4g} is a spike"
+        report.say(f"step {record.step}: gradient norm {why}, update skipped; samples {', '.join(record.uids)}")
 
 
 def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
@@ -346,7 +363,7 @@ def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
         f"{size} x {bucket.name} = {size * tokens} tokens"
         for bucket, tokens, size in zip(recipe.data.buckets, parts.num_tokens, sizes, strict=True)
     )
-    num_micro = parts.schedule[progress.step].num_micro
+    num_micro = parts.schedule[progress.data_step].num_micro
     zero = engine_traffic(recipe, shape, parts.mesh.rank, num_micro)
     where = f"resumes after step {progress.step}" if progress.step else "starts"
     parameters = parameter_shapes(recipe.model, lora=recipe.lora, trainable=recipe.train.trainable)
