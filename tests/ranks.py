@@ -37,7 +37,9 @@ torch.set_num_threads(1)
 
 @dataclass(frozen=True)
 class Death:
-    """Where a rank kills itself: before it takes the data of step `step` (from 0), or in the save after it, before it writes or commits."""
+    """Where a rank kills itself: before it takes the data of step `step` (from 0), or in the save after it, before it
+    writes or commits.
+    """
 
     step: int
     place: Literal["step", "write", "commit"] = "step"

@@ -197,7 +197,7 @@ def loop(
         begin, waited = time.perf_counter(), parts.loader.waited
         work = parts.loader.next_work()
         assert work.step == progress.data_step
-        data = work.step if progress.skipped else None
+        data = None if work.step == progress.step else work.step
         limit = norm_limit(recipe.guard, progress.norms)
         loss_sum, stats, suspects = optimizer_step(parts, work, step=progress.step, limit=limit)
         progress = advance(progress, work, parts, stats)
