@@ -12,6 +12,7 @@ from torch import Tensor
 from framework.environment import Environment
 from framework.parallel.mesh import close_mesh
 from framework.programs import train as program
+from framework.programs.parts import Parts
 from framework.run import Verdict
 
 
@@ -62,7 +63,7 @@ def train_with_a_flip(env: Environment, recipe: Path, overrides: list[str], step
     """`cuboid train`, where one bit of a replicated weight falls over on one rank in one step."""
     right = program.optimizer_step
 
-    def flips(parts: program.Parts, work: Any, **told: Any) -> Any:
+    def flips(parts: Parts, work: Any, **told: Any) -> Any:
         done = right(parts, work, **told)
         if work.step == step and env.rank == rank:
             (weight,) = [f for f in parts.engine.fragments() if f.key == "model.blocks.1.scale_shift_table"]

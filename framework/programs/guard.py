@@ -137,4 +137,4 @@ def differing(hashes: list[dict[str, str]], group: tuple[int, ...]) -> list[str]
 
 def hash_of(tensor: Tensor) -> str:
     """XXH3 (64 bits, hexadecimal) of a flat tensor's bytes."""
-    return xxhash.xxh3_64_hexdigest(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
+    return xxhash.xxh3_64_hexdigest(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)

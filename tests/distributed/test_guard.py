@@ -103,6 +103,9 @@ def test_bad_updates_in_a_row_go_back_and_pass_over_the_data(tmp_path: Path, wor
     lines = numbers(tmp_path / "back")
     assert lines == numbers(tmp_path / "told")
     assert [line[0] for line in lines] == list(range(1, 10))
+    third = [1e-3 / 3, 2e-3 / 3, 1e-3]
+    cosine = [1e-3 * 0.5 * (1 + math.cos(math.pi * part / 6)) for part in range(6)]
+    assert [line[3] for line in lines] == pytest.approx(third + cosine), "the rate follows the step"
     assert [line[6] for line in lines[start:]] == list(range(6, 15 - start)), "the data from step 6 on"
     assert not any(line.get("skipped") for line in lines_of(tmp_path / "back"))
     expected = digests(folder_of(tmp_path / "told", 9))

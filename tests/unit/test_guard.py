@@ -38,14 +38,12 @@ def test_windows_are_what_a_walk_takes(seed: int) -> None:
     draw = random.Random(seed)
     windows: Windows = ()
     taken: list[int] = []  # by training step
-    following = 0
-    for _ in range(200):
+    for following in range(200):
         if taken and draw.random() < 0.2:
             back = draw.randrange(len(taken))
             windows = leave_out(windows, back, len(taken))
             del taken[back:]
         taken.append(following)
-        following += 1
         assert [data_step(windows, step) for step in range(len(taken))] == taken
     assert sorted(set(taken)) == taken
 
