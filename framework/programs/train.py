@@ -188,7 +188,7 @@ def loop(
         saves = due or progress.step == last or stopped is not None
         fails = progress.bad_steps >= recipe.train.max_bad_steps
         compares = recipe.guard.hash_every > 0 and progress.step % recipe.guard.hash_every == 0
-        if saves or fails or observer.is_due(progress.step):
+        if saves or fails or compares or observer.is_due(progress.step):
             publish(metrics, report, pending)
             pending = None
         if compares:
