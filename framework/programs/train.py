@@ -18,13 +18,14 @@ from framework.data.buckets import streams_of
 from framework.data.schedule import Work
 from framework.ema import Ema
 from framework.environment import Environment, StopFlag
+from framework.heartbeat import Heart, process_began
 from framework.log import ProgressReport
-from framework.metrics import MetricsWriter, StepRecord
+from framework.metrics import MetricsWriter, StepRecord, WandbRun
 from framework.models.patchify import patchify
 from framework.optim import learning_rate
 from framework.parallel.collectives import all_reduce_sum, barrier
 from framework.parallel.context_parallel.tokens import split_tokens
-from framework.parallel.mesh import Mesh
+from framework.parallel.mesh import Mesh, set_patience
 from framework.parallel.zero.engine import StepStats
 from framework.plan.parameters import elements_of, parameter_shapes
 from framework.plan.zero_traffic import engine_traffic
@@ -33,17 +34,25 @@ from framework.programs.guard import Ended, ReplicaCheck, check_rollbacks, norm_
 from framework.programs.observe import Observer
 from framework.programs.opening import Opened, build_subject, load
 from framework.programs.parts import Parts, build_parts
-from framework.recipe import resolve_auto
+from framework.programs.watch import Watch
+from framework.recipe import Recipe, flatten, resolve_auto
 from framework.run import Resolved, Run, RunFailure, Verdict
+from framework.stacks import dump_on_signal
 
 
-def train(invocation: Resolved, env: Environment) -> Verdict:
-    """Train until train.steps, or until a signal asks to stop."""
-    stop = StopFlag()
+def train(invocation: Resolved, env: Environment, heart: Heart | None = None, stop: StopFlag | None = None) -> Verdict:
+    """Train until train.steps, or until a signal asks to stop. heart, stop: of the process, where it has them."""
+    stop = stop or StopFlag()
+    heart = heart or Heart(begin=process_began(), writes=env.is_first)
+    heart.enter("init")
     recipe = build.settle(invocation.recipe, env)
     mesh = build.open_mesh(recipe, env)
     storage = store_of(recipe)
-    run, fence = build.open_run(resolve_auto(invocation.recipe), invocation.overrides, mesh, storage)
+    resolved, claimed = resolve_auto(invocation.recipe), env.attempt
+    run, fence = build.open_run(resolved, invocation.overrides, mesh, storage, claimed=claimed)
+    heart.attach(run)
+    dump_on_signal(run, mesh.rank)
+    heart.enter("build")
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
     ema = Ema(engine.fragments(), recipe.ema)
@@ -64,10 +73,10 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
         notes=invocation.notes,
     )
     build.describe_data(recipe, streams, mesh, run)
-    ended = go_on(opened, None, stop)
+    ended = go_on(opened, None, heart=heart, stop=stop)
     while ended.bad:
         check_rollbacks(ended, recipe.guard, recipe.train)
-        ended = go_on(opened, ended, stop)
+        ended = go_on(opened, ended, heart=heart, stop=stop)
     progress, stopped = ended.progress, ended.signal
     verdict = Verdict("stopped" if stopped else "done", progress.step, stopped)
     if mesh.rank == 0:
@@ -76,13 +85,16 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     return verdict
 
 
-def go_on(opened: Opened, before: Ended | None, stop: StopFlag) -> Ended:
+def go_on(opened: Opened, before: Ended | None, *, heart: Heart, stop: StopFlag) -> Ended:
     """Train on from the newest checkpoint, or from the initial weights. before: how the steps ended that are gone back
     from.
     """
     recipe, mesh, run = opened.recipe, opened.mesh, opened.run
+    heart.enter("load")
+    set_patience(recipe.watch.start)
     loaded = load(opened, before)
     progress = loaded.progress
+    heart.resumed(progress.step, last=recipe.train.steps)
     subject = build_subject(opened, loaded.resumed)
     saver = Saver(
         opened.storage, recipe.checkpoint, mesh, fence=opened.fence, subject=subject, fragments=opened.fragments
@@ -104,7 +116,9 @@ def go_on(opened: Opened, before: Ended | None, stop: StopFlag) -> Ended:
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
     for text in (*loaded.notes, *(start_lines(parts, progress, run) if before is None else ())):
         report.say(text)
-    metrics = MetricsWriter(run.path, start=progress.step, writes=mesh.rank == 0, tensorboard=recipe.log.tensorboard)
+    metrics = open_metrics(recipe, run, start=progress.step, writes=mesh.rank == 0)
+    watch = Watch(heart, recipe.watch, mesh, saver, build.this_device())
+    heart.enter("first_step")
     try:
         return loop(
             parts,
@@ -115,6 +129,7 @@ def go_on(opened: Opened, before: Ended | None, stop: StopFlag) -> Ended:
             metrics=metrics,
             report=report,
             stop=stop,
+            watch=watch,
         )
     except ValueError as error:
         # The user's mistakes are found before the loop; what is raised inside needs its traceback.
@@ -137,11 +152,12 @@ def loop(
     metrics: MetricsWriter,
     report: ProgressReport,
     stop: StopFlag,
+    watch: Watch,
 ) -> Ended:
     """The steps."""
     recipe, last, saved = parts.recipe, parts.recipe.train.steps, progress.step
     pending: StepRecord | None = None
-    stopped: int | None = None
+    stopped = agreed_signal(stop, parts.mesh) if progress.step < last else None  # at once: there is nothing to save
     gc.disable()
     while progress.step < last and stopped is None:
         # Whether anybody was asked to stop, or can't save, is agreed on while the step runs, so before the next one;
@@ -177,6 +193,7 @@ def loop(
             lost=lost,
             data=data,
         )
+        watch.stepped(pending, loss=metrics.loss)
         for text in saver.report():
             report.say(text)
         if failed:
@@ -194,18 +211,38 @@ def loop(
         if compares:
             replicas.check(progress.step)
         if fails:
-            saver.wait()
+            with watch.during("save"):
+                saver.wait()
             return Ended(progress, None, saved, bad=True)
-        observer.observe(progress.step, metrics, report)
+        if observer.is_due(progress.step):
+            with watch.during("observe"):
+                observer.observe(progress.step, metrics, report)
         if saves:
-            saver.save(progress)
+            with watch.during("save"):
+                saver.save(progress)
             saved = progress.step
         if progress.step % recipe.train.collect_garbage_every == 0:
             gc.collect()
+    watch.end()
     saver.wait()
+    watch.end()
     for text in saver.report():
         report.say(text)
     return Ended(progress, stopped, saved)
+
+
+def agreed_signal(stop: StopFlag, mesh: Mesh) -> int | None:
+    """The signal that some rank was sent before the first step. A collective over the world."""
+    asked = torch.tensor([stop.signal or 0])
+    all_reduce_sum(asked, mesh.control, "stop").wait()
+    return (stop.signal or signal.SIGTERM) if asked.item() else None
+
+
+def open_metrics(recipe: Recipe, run: Run, *, start: int, writes: bool) -> MetricsWriter:
+    """Where a step's numbers go."""
+    config, project = recipe.log, recipe.log.wandb
+    wandb = WandbRun(project, run.path, flatten(recipe)) if writes and project else None
+    return MetricsWriter(run.path, start=start, writes=writes, tensorboard=config.tensorboard, wandb=wandb)
 
 
 def optimizer_step(

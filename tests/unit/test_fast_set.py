@@ -14,7 +14,8 @@ from syntax import MODULES
 SLOW: Final = ("torch", "deepspeed", "streaming", "transformers")
 FAST: Final = (
     {"cli", "recipe", "run", "environment", "shapes", "keys", "log", "launch.local", "data.shards", "data.buckets"}
-    | {"fingerprint"}
+    | {"fingerprint", "heartbeat", "history", "failure", "stacks", "checkpoint.attempt"}
+    | {"launch.cluster", "launch.placement", "launch.snapshot", "launch.variables"}
     | ({"storage", "launch.job", "launch.script", "launch.supervisor"} & MODULES)
     | {module for module in MODULES if module.startswith("plan.") or module.endswith(".config")}
 )
