@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from framework.run import RunFailure, run_identity, write_atomically
+from framework.recipe import Recipe, flatten
+from framework.run import Run, RunFailure, run_identity, write_atomically
 
 if TYPE_CHECKING:
     from torch.distributed import Work
@@ -154,6 +155,13 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.scalars(values, step)
+
+
+def open_metrics(recipe: Recipe, run: Run, *, start: int, writes: bool) -> MetricsWriter:
+    """Where the numbers of an attempt go. start: its first step."""
+    config, project = recipe.log, recipe.log.wandb
+    wandb = WandbRun(project, run.path, flatten(recipe)) if writes and project else None
+    return MetricsWriter(run.path, start=start, writes=writes, tensorboard=config.tensorboard, wandb=wandb)
 
 
 def forget_after(path: Path, step: int) -> None:

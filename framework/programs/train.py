@@ -20,7 +20,7 @@ from framework.ema import Ema
 from framework.environment import Environment, StopFlag
 from framework.heartbeat import Heart, process_began
 from framework.log import ProgressReport
-from framework.metrics import MetricsWriter, StepRecord, WandbRun
+from framework.metrics import MetricsWriter, StepRecord, open_metrics
 from framework.models.patchify import patchify
 from framework.optim import learning_rate
 from framework.parallel.collectives import all_reduce_sum, barrier
@@ -34,8 +34,8 @@ from framework.programs.guard import Ended, ReplicaCheck, check_rollbacks, norm_
 from framework.programs.observe import Observer
 from framework.programs.opening import Opened, build_subject, load
 from framework.programs.parts import Parts, build_parts
-from framework.programs.watch import Watch
-from framework.recipe import Recipe, flatten, resolve_auto
+from framework.programs.watch import Watch, agreed_signal
+from framework.recipe import resolve_auto
 from framework.run import Resolved, Run, RunFailure, Verdict
 from framework.stacks import dump_on_signal
 
@@ -229,20 +229,6 @@ def loop(
     for text in saver.report():
         report.say(text)
     return Ended(progress, stopped, saved)
-
-
-def agreed_signal(stop: StopFlag, mesh: Mesh) -> int | None:
-    """The signal that some rank was sent before the first step. A collective over the world."""
-    asked = torch.tensor([stop.signal or 0])
-    all_reduce_sum(asked, mesh.control, "stop").wait()
-    return (stop.signal or signal.SIGTERM) if asked.item() else None
-
-
-def open_metrics(recipe: Recipe, run: Run, *, start: int, writes: bool) -> MetricsWriter:
-    """Where a step's numbers go."""
-    config, project = recipe.log, recipe.log.wandb
-    wandb = WandbRun(project, run.path, flatten(recipe)) if writes and project else None
-    return MetricsWriter(run.path, start=start, writes=writes, tensorboard=config.tensorboard, wandb=wandb)
 
 
 def optimizer_step(
