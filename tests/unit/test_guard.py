@@ -5,17 +5,22 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from framework.checkpoint.fence import Fence, claim, read_skipped
 from framework.checkpoint.manifest import Manifest, Origin, Progress, checksum_of, decode_manifest, encode_manifest
+from framework.data.schedule import Work
 from framework.data.windows import Windows, data_step, data_steps, leave_out
 from framework.metrics import StepRecord
 from framework.parallel.zero.engine import StepStats
+from framework.programs import train
 from framework.programs.guard import Ended, check_rollbacks, differing, norm_limit, with_norm
 from framework.programs.opening import went_on
-from framework.recipe import GuardConfig, TrainConfig
+from framework.recipe import GuardConfig, OptimizerConfig, Recipe, TrainConfig
 from framework.run import BadNumbers
 from framework.storage.directory import Directory
 
@@ -138,3 +143,24 @@ def test_a_skipped_step_says_why(norm: float, why: str) -> None:
         traffic={},
     )
     assert record.why == why
+
+
+def test_rate_and_average_follow_the_step_and_not_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 3 with the data of step 7: the rate is at 4/8 of its warm-up."""
+    told: dict[str, Any] = {}
+
+    class Engine:
+        def step(self, *, lr: float, limit: float) -> StepStats:
+            told.update(lr=lr, limit=limit)
+            return StepStats(1.0, False)
+
+    class Average:
+        def update(self, *, step: int) -> None:
+            told.update(average=step)
+
+    monkeypatch.setattr(train, "accumulate", lambda parts, work: [(torch.tensor(2.0), ("a",))])
+    recipe = Recipe(optimizer=OptimizerConfig(lr=1.0, warmup=8))
+    parts = SimpleNamespace(recipe=recipe, engine=Engine(), ema=Average())
+    loss, stats, uids = train.optimizer_step(parts, Work(7, (), (1,)), step=3, limit=5.0)  # type: ignore[arg-type]
+    assert (float(loss), stats.skipped, uids) == (2.0, False, ())
+    assert told == {"lr": 0.5, "limit": 5.0, "average": 3}
