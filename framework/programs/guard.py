@@ -85,11 +85,11 @@ class ReplicaCheck:
     Partitions of ranks with uneven shards begin at different places; what all ranks of a tp group hold is compared.
     """
 
-    def __init__(self, fragments: list[Fragment], mesh: Mesh) -> None:
-        """fragments: of the engine."""
-        self._mesh = mesh
+    def __init__(self, fragments: list[Fragment], mesh: Mesh, *, every: int) -> None:
+        """fragments: of the engine. every: steps between comparisons, 0 = none."""
+        self._mesh, self._every = mesh, every if mesh.tp.size > 1 else 0
         self._parts: dict[str, Tensor] = {}
-        if mesh.tp.size == 1:
+        if not self._every:
             return
         whole = [f for f in fragments if f.state == "model" and f.shard.trainable]
         held = {f.shard.name: f for f in whole if f.shard.shape == f.shard.global_shape}
@@ -102,9 +102,13 @@ class ReplicaCheck:
                 if last > first:
                     self._parts[name] = fragment.flat.narrow(0, first - fragment.start, last - first)
 
+    def is_due(self, step: int) -> bool:
+        """Whether they are compared after this step."""
+        return self._every > 0 and step % self._every == 0
+
     def check(self, step: int) -> None:
-        """Compare them after a step. A collective; raises RunFailure, the same on every rank."""
-        if self._mesh.tp.size == 1:
+        """Compare them, where it is due. A collective; raises RunFailure, the same on every rank."""
+        if not self.is_due(step):
             return
         hashes = {name: hash_of(part) for name, part in self._parts.items()}
         together = xxhash.xxh3_64_hexdigest("".join(hashes.values()))

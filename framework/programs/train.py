@@ -112,7 +112,7 @@ def go_on(opened: Opened, before: Ended | None, *, heart: Heart, stop: StopFlag)
     )
     flow = build.build_flow(recipe)
     observer = Observer(recipe, mesh, run, flow=flow, engine=engine, ema=ema, encoders=encoders, streams=streams)
-    replicas = ReplicaCheck(engine.fragments(), mesh)
+    replicas = ReplicaCheck(engine.fragments(), mesh, every=recipe.guard.hash_every)
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
     for text in (*loaded.notes, *(start_lines(parts, progress, run) if before is None else ())):
         report.say(text)
@@ -167,31 +167,23 @@ def loop(
         begin, waited = time.perf_counter(), parts.loader.waited
         work = parts.loader.next_work()
         assert work.step == progress.data_step
-        data = None if work.step == progress.step else work.step
         limit = norm_limit(recipe.guard, progress.norms)
         loss_sum, stats, suspects = optimizer_step(parts, work, step=progress.step, limit=limit)
         progress = advance(progress, work, parts, stats)
-        reduction = all_reduce_sum(loss_sum, parts.mesh.world, "loss")
         agreement.wait()
         signalled, failed, lost = asked.tolist()
         if pending is not None:
             publish(metrics, report, pending)
-        pending = StepRecord(
-            step=progress.step,
+        pending = record_of(
+            parts,
+            progress.step,
+            work,
+            stats,
             loss_sum=loss_sum,
-            work=reduction,
-            count=parts.own_count(work),
-            grad_norm=stats.grad_norm,
-            lr=learning_rate(recipe.optimizer, step=progress.step - 1),
-            tokens=step_tokens(work, parts.num_tokens),
-            samples=work.num_samples,
             seconds=time.perf_counter() - begin,
             data_wait=parts.loader.waited - waited,
-            skipped=stats.skipped,
-            traffic=traffic(parts.mesh),
             uids=suspects,
             lost=lost,
-            data=data,
         )
         watch.stepped(pending, loss=metrics.loss)
         for text in saver.report():
@@ -204,12 +196,10 @@ def loop(
         due = progress.step // recipe.checkpoint.every > saved // recipe.checkpoint.every and not progress.bad_steps
         saves = due or progress.step == last or stopped is not None
         fails = progress.bad_steps >= recipe.train.max_bad_steps
-        compares = recipe.guard.hash_every > 0 and progress.step % recipe.guard.hash_every == 0
-        if saves or fails or compares or observer.is_due(progress.step):
+        if saves or fails or observer.is_due(progress.step) or replicas.is_due(progress.step):
             publish(metrics, report, pending)
             pending = None
-        if compares:
-            replicas.check(progress.step)
+        replicas.check(progress.step)
         if fails:
             with watch.during("save"):
                 saver.wait()
@@ -257,6 +247,38 @@ def accumulate(parts: Parts, work: Work) -> list[tuple[Tensor, tuple[str, ...]]]
         parts.engine.backward(loss, global_count=parts.global_count(work), last=index + 1 == work.num_micro)
         losses.append((loss.detach(), batch.uids))
     return losses
+
+
+def record_of(
+    parts: Parts,
+    step: int,
+    work: Work,
+    stats: StepStats,
+    *,
+    loss_sum: Tensor,
+    seconds: float,
+    data_wait: float,
+    uids: tuple[str, ...],
+    lost: int,
+) -> StepRecord:
+    """What is written of a step. step: steps done with it. loss_sum: of this rank; the sum over all is begun here."""
+    return StepRecord(
+        step=step,
+        loss_sum=loss_sum,
+        work=all_reduce_sum(loss_sum, parts.mesh.world, "loss"),
+        count=parts.own_count(work),
+        grad_norm=stats.grad_norm,
+        lr=learning_rate(parts.recipe.optimizer, step=step - 1),
+        tokens=step_tokens(work, parts.num_tokens),
+        samples=work.num_samples,
+        seconds=seconds,
+        data_wait=data_wait,
+        skipped=stats.skipped,
+        traffic=traffic(parts.mesh),
+        uids=uids,
+        lost=lost,
+        data=None if work.step == step - 1 else work.step,
+    )
 
 
 def advance(progress: Progress, work: Work, parts: Parts, stats: StepStats) -> Progress:
