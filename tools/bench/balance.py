@@ -1,6 +1,6 @@
 """Goodput of the schedule on a mixed set, beside other rules, on the same simulated ranks (framework/data/goodput.py).
 
-    python tools/bench/goodput.py [--steps 10000] [--ranks 64 96 768 1024] [--still] [--video FILE]
+    python tools/bench/balance.py [--steps 10000] [--ranks 64 96 768 1024] [--still] [--video FILE]
 
 The set: 256x448, 480x832 and 720x1280 at 16 frames a second, 1 to 10 s in eight steps, and images: 25 buckets, for a
 14B Wan. Weights fall with duration and resolution, a fifth of the samples are images. Ranks are up to 3 % slower or
