@@ -54,9 +54,8 @@ PLAIN: Final = ("import", "init", "build", "load", "save", "observe", "end")  # 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What an attempt has left: its last heartbeat, its verdict, when that was written, and whether it still runs.
-
-    closed: Unix seconds, None without a verdict.
+    """What an attempt has left. closed: when its verdict was written, Unix seconds. alive: nobody has seen its end.
+    silent: alive, and it has given no sign for so long that it may hang.
     """
 
     number: int
@@ -64,6 +63,12 @@ class Attempt:
     verdict: Verdict | None = None
     closed: float | None = None
     alive: bool = False
+    silent: bool = False
+
+    @property
+    def works(self) -> bool:
+        """Whether it runs, as far as anybody can tell."""
+        return self.alive and not self.silent
 
     @property
     def begin(self) -> float | None:
@@ -229,14 +234,12 @@ def counted_steps(attempt: Attempt, later: Sequence[Attempt]) -> int:
         last = min(last, *points)
     elif attempt.verdict is not None:
         last = min(last, attempt.verdict.step)
-    elif not attempt.alive:
+    elif not attempt.works:
         last = min(last, max(attempt.beat.saved, attempt.beat.resumed))
     return max(0, last - attempt.beat.resumed)
 
 
-def charge(
-    ledger: Ledger, attempt: Attempt, counted: int, *, usual: dict[int, float | None], end: float
-) -> None:
+def charge(ledger: Ledger, attempt: Attempt, counted: int, *, usual: dict[int, float | None], end: float) -> None:
     """Charge an attempt's own time, from its launch to `end`."""
     beat = attempt.beat
     if beat is None:
@@ -257,12 +260,12 @@ def charge(
     else:
         ledger.spend(first, "first_step", end=end)
     # What it was doing when it last gave a sign, and since.
-    over = not attempt.alive and attempt.verdict is None
+    over = not attempt.works and attempt.verdict is None
     current: str = {"step": "lost" if over else "steps"}.get(beat.phase, beat.phase)
     if over:
         ledger.spend(beat.time - beat.since, current, end=end)
         ledger.until(end, "detect")
-    elif attempt.alive:
+    elif attempt.works:
         ledger.until(end, current)
     else:
         ledger.until(end, "end" if beat.phase == "end" else "other")
@@ -276,7 +279,5 @@ def restarts_of(attempts: Sequence[Attempt], pages: Sequence[dict[str, float]]) 
         if beat is not None and beat.step > beat.resumed:
             parts = {part: page.get(part, 0.0) for part in RESTART}
             lost = before.get("lost", 0.0)
-            found.append(
-                Restart(attempts[index].number, before.get("detect", 0.0), sum(parts.values()), lost, parts)
-            )
+            found.append(Restart(attempts[index].number, before.get("detect", 0.0), sum(parts.values()), lost, parts))
     return tuple(found)

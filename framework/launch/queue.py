@@ -104,6 +104,7 @@ def ask(*command: str) -> "subprocess.CompletedProcess[str] | None":
 
 def parse_job(line: str) -> JobState:
     """A line of `scontrol show job -o`."""
+
     def value(key: str) -> str:
         found = re.search(rf"(?<!\S){key}=(\S*)", line)
         return "" if found is None or found[1] in ("None", "(null)", "Unknown", "N/A") else found[1]
