@@ -210,9 +210,7 @@ def check_directory(path: Path) -> None:
         raise ValueError(f"run={path} is a file: name a directory")
     if path.is_dir() and not is_run(path):
         others = sorted(
-            entry.name
-            for entry in path.iterdir()
-            if entry.name not in ("attempts", CHECKPOINTS, "lineage.json", "jobs")
+            entry.name for entry in path.iterdir() if entry.name not in ("attempts", CHECKPOINTS, "lineage.json", "jobs")
         )
         if others:
             raise ValueError(f"run={path} holds {others[0]!r} and is no run: name a new or empty directory")

@@ -111,7 +111,7 @@ class Account:
 
 
 class Ledger:
-    """A time that only goes forward, and the parts to which it was charged, by attempt (that it ended in, or preceded)."""
+    """A time that only goes forward, and the parts to which it was charged, by attempt: its own, and before it."""
 
     def __init__(self, begin: float) -> None:
         self.at, self.idle = begin, 0.0

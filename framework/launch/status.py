@@ -39,14 +39,6 @@ State = Literal[
     "EMPTY",
 ]
 ENDED: Final = ("DONE", "STOPPED", "FATAL", "CANCELLED", "LOST", "EMPTY")
-END_STATES: Final[dict[str | None, State]] = {  # of a run, by the outcome with which it finished
-    "done": "DONE",
-    "fatal": "FATAL",
-    "cancelled": "CANCELLED",
-    "preempted": "STOPPED",
-    "retry": "STOPPED",
-    None: "STOPPED",
-}
 SLOW: Final = 1.15  # a node is named when its ranks take so many times the median
 
 
@@ -93,14 +85,14 @@ class Status:
 
 def state_of(facts: Facts) -> tuple[State, str]:
     """The state, and a few words on it."""
-    if facts.local or not facts.events:
+    if facts.local or not any(event.job for event in facts.events):
         return state_by_hand(facts)
     job, newest = open_job(facts.events), facts.newest
     if job is None:
         last = next(event for event in reversed(facts.events) if event.event in ("finished", "cancelled"))
         if newest is not None and newest.alive:
             return "SAVING", "cancelled"
-        return ("CANCELLED" if last.event == "cancelled" else END_STATES[last.outcome]), last.reason or ""
+        return ("CANCELLED" if last.event == "cancelled" else finished_state(last)), last.reason or ""
     last = next(event for event in reversed(facts.events) if event.job == job and event.event != "excluded")
     if last.event in ("submitted", "requeued"):
         return waiting_state("QUEUED" if last.event == "submitted" else "REQUEUED", facts)
@@ -112,6 +104,18 @@ def state_of(facts: Facts) -> tuple[State, str]:
         return ("DONE" if last.outcome == "done" else "RESTARTING"), last.reason or ""
     beat = newest.beat if newest is not None and newest.number == last.attempt else None
     return phase_state(beat, facts.now, since=last.time)
+
+
+def finished_state(event: Event) -> State:
+    """Of a run after which nothing follows."""
+    match event.outcome:
+        case "done":
+            return "DONE"
+        case "fatal":
+            return "FATAL"
+        case "cancelled":
+            return "CANCELLED"
+    return "STOPPED"
 
 
 def waiting_state(state: State, facts: Facts) -> tuple[State, str]:
@@ -259,3 +263,12 @@ def status_of(facts: Facts) -> Status:
         slowest=None if beat is None else slowest_node(beat.compute, nodes),
         excluded=excluded_nodes(facts.events),
     )
+
+
+def is_ended(facts: Facts, attempt: int | None = None) -> bool:
+    """Whether nothing follows any more: in the run, or in one attempt of it."""
+    if state_of(facts)[0] in ENDED:
+        return True
+    if attempt is None or facts.newest is None:
+        return False
+    return facts.newest.number > attempt or (facts.newest.number == attempt and not facts.newest.alive)

@@ -32,7 +32,7 @@ ROWS: Final = (
     ("models", "parallel.zero"),
     ("checkpoint", "metrics", "profiling", "evaluate", "curate"),
     ("programs", "launch"),
-    ("cli_checkpoint", "cli_data"),
+    ("cli_checkpoint", "cli_data", "cli_status"),
     ("cli",),
 )
 
