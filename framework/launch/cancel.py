@@ -7,7 +7,7 @@ from pathlib import Path
 
 from framework.history import Event, History, now
 from framework.launch.facts import Facts, is_elsewhere, open_job
-from framework.launch.queue import Scheduler
+from framework.launch.queue import OVER, Scheduler
 
 
 def cancel(facts: Facts, scheduler: Scheduler) -> Iterator[str]:
@@ -16,14 +16,16 @@ def cancel(facts: Facts, scheduler: Scheduler) -> Iterator[str]:
     """
     job, newest = open_job(facts.events), facts.newest
     if not facts.local and job is not None:
-        known = scheduler.job(job)
+        known = facts.job or scheduler.job(job)
         if known is None:
             raise ValueError(
                 f"{facts.path} is job {job}, and no scheduler answers here: run `cuboid cancel` where scancel works"
             )
+        if known.state in OVER:
+            raise ValueError(f"nothing to cancel: job {job} of {facts.path} is over ({known.state})")
         History(facts.path).add(Event("cancelled", now(), job=job))
         scheduler.cancel(job)
-        if known.state in ("PENDING", "REQUEUED") or newest is None or not newest.alive:
+        if known.state == "PENDING" or newest is None or not newest.alive:
             yield f"job {job} is cancelled; no step was running, so nothing was to be saved"
         else:
             yield f"job {job} is being cancelled: its ranks finish their step, save and end"
