@@ -25,8 +25,8 @@ def log_files(run: Path, request: LogRequest) -> list[Path]:
     rank-00007.log.
     """
     if request.rank is None:
-        found = [path for path in (run / JOBS).glob("**/supervisor*.log") if path.is_file()]
-        return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+        found = (run / JOBS).glob("*/*.log")  # jobs/0001/4242.log: the second submission, which is job 4242
+        return sorted((path for path in found if path.is_file()), key=lambda path: (path.parent.name, path.name))
     folders = sorted(path for path in (run / "attempts").glob("*") if path.name.isdecimal())
     if request.attempt is not None:
         folders = [path for path in folders if int(path.name) == request.attempt]

@@ -93,7 +93,9 @@ def state_of(facts: Facts) -> tuple[State, str]:
         if newest is not None and newest.alive:
             return "SAVING", "cancelled"
         return ("CANCELLED" if last.event == "cancelled" else finished_state(last)), last.reason or ""
-    last = next(event for event in reversed(facts.events) if event.job == job and event.event != "excluded")
+    # The line of a submission may come after that of a start: it is written when sbatch has answered.
+    own = [event for event in facts.events if event.job == job and event.event != "excluded"]
+    last = max(own, key=lambda event: (event.event != "submitted", event.time))
     if last.event in ("submitted", "requeued"):
         return waiting_state("QUEUED" if last.event == "submitted" else "REQUEUED", facts)
     if facts.job is not None and (facts.job.state in OVER or facts.job.state == "PENDING"):

@@ -1,6 +1,5 @@
 """Logs of ranks and supervisors, on into what comes next."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -35,12 +34,10 @@ def test_the_newest_log_is_printed(tmp_path: Path) -> None:
 
 
 def test_the_supervisors_log(tmp_path: Path) -> None:
-    for job, age in (("9", 50), ("10", 10)):
-        folder = tmp_path / "jobs" / job
-        folder.mkdir(parents=True)
-        (folder / "supervisor.log").write_text(f"job {job}\n")
-        os.utime(folder / "supervisor.log", (time.time() - age,) * 2)
-    assert list(print_log(tmp_path, LogRequest(rank=None))) == ["job 10"]
+    for folder, job in (("0000", "99"), ("0001", "100")):
+        (tmp_path / "jobs" / folder).mkdir(parents=True)
+        (tmp_path / "jobs" / folder / f"{job}.log").write_text(f"job {job}\n")
+    assert list(print_log(tmp_path, LogRequest(rank=None))) == ["job 100"]
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:

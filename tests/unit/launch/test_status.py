@@ -63,6 +63,7 @@ def finished(outcome: str) -> Event:
     [
         ([WAITS], None, "QUEUED"),
         ([WAITS, STARTS], None, "STARTING"),
+        ([replace(STARTS, time=999.0), WAITS], None, "STARTING"),
         (LAUNCHED, None, "STARTING"),
         (LAUNCHED, replace(FRESH, phase="load"), "STARTING"),
         (LAUNCHED, FRESH, "RUNNING"),
