@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = ("#1b6ca8", "#2e9e5b", "#8a9a1b", "#d98c00", "#c8452f", "#7b3294")
 WIDTH, HEIGHT, MARGIN = 620, 420, 70
-TICKS = (50, 60, 70, 80, 90, 95, 100)
+TICKS = (50, 60, 70, 80, 85, 90, 95, 100)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Effective training time as a function of restart time and save stall, from 8 GPUs to 16,384.
 
-    python tools/bench/goodput.py [--run RUN] [--stall S] [--write S] [--detect S] [--restart S] [--png FILE] [--csv FILE]
+    python tools/bench/goodput.py [--run RUN] [--stall S --write S --detect S --restart S] [--png FILE] [--csv FILE]
 
 A run loses to its failures what a framework decides: the stall of each save (s), the seconds until a checkpoint
 counts (w, from the copy to the commit), those until a failure is seen (d) and those of a restart, up to the first step
@@ -15,7 +15,7 @@ k with R + k (tau + s) + w <= v, so that
     effective training time = E[kept] / E[spent]
 
 which for w = d = 0 is the exact model of J. T. Daly, "A higher order estimate of the optimum checkpoint interval for
-restart dumps", Future Generation Computer Systems 22 (2006), equation 13. The interval is the first-order optimum of
+restart dumps", Future Generation Computer Systems 22 (2006). The interval is the first-order optimum of
 J. W. Young, Communications of the ACM 17 (1974), which Daly begins with: tau = sqrt(2 s M), or w where that is
 longer, since one save runs at a time. The bench draws failures one by one and compares (`simulate`): the mean
 agrees within four standard errors, or it ends with status 1.
