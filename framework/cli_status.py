@@ -73,11 +73,8 @@ def logs(
         check_request(run, request)
     # A reader that goes away (`| head`) ends this command as it does any other.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        for line in follow_log(run, request, is_over=is_over) if follow else print_log(run, request):
-            log.line(line)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    for line in follow_log(run, request, is_over=is_over) if follow else print_log(run, request):
+        log.line(line)
 
 
 @app.command()

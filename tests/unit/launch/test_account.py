@@ -114,10 +114,14 @@ def test_a_run_started_by_hand() -> None:
 
 
 def test_clocks_that_differ_break_nothing() -> None:
-    """The ranks' clock is 500 s behind the supervisor's: what can't be, is cut off."""
-    behind = replace(DIED, since=DIED.since - 500, time=DIED.time - 500)
-    found = account([*LAUNCHED, RESTARTED[0]], [Attempt(0, behind)], now=1500.0)
-    assert found.wall == 500 and sum(parts(found).values()) == 500
+    """The ranks' clock is 500 s behind the supervisor's, or before it, and the end is seen before its time: what can't
+    be is cut off.
+    """
+    ended = replace(RESTARTED[0], time=1300.0)
+    for off in (-500, 500):
+        other = replace(DIED, since=DIED.since + off, time=DIED.time + off)
+        found = account([*LAUNCHED, ended], [Attempt(0, other)], now=1300.0)
+        assert found.wall == 300 and sum(parts(found).values()) == 300
 
 
 def test_nothing_yet() -> None:

@@ -86,7 +86,9 @@ def test_following_goes_on_into_the_next_attempt(tmp_path: Path) -> None:
 
     things = [("one", lambda: write_log(tmp_path, 0, "rank-0.log", "two\ntw")), ("two", next_attempt), ("again", end)]
     Writer(seen, things).start()
-    for line in follow_log(tmp_path, LogRequest(), is_over=over.is_set, every=0.01):
+    limit = time.monotonic() + 20
+    follow = follow_log(tmp_path, LogRequest(), is_over=lambda: over.is_set() or time.monotonic() > limit, every=0.01)
+    for line in follow:
         seen.append(line)
     first, second = "==> attempts/0000/logs/rank-0.log <==", "==> attempts/0001/logs/rank-00000.log <=="
     assert seen == [first, "one", "two", "two", "last words", second, "again", "bye"]

@@ -200,7 +200,9 @@ def test_a_line_of_scontrol() -> None:
     found = parse_job(line)
     assert (found.job, found.state, found.reason, found.nodes) == ("12", "PENDING", "Resources", "")
     assert found.start is not None
-    running = parse_job("JobId=12 JobName=a JobState=RUNNING Reason=None StartTime=Unknown NodeList=node[0-1]")
+    running = parse_job(
+        "JobId=12 JobName=a JobState=RUNNING Reason=None StartTime=Unknown ReqNodeList=node9 NodeList=node[0-1]"
+    )
     assert (running.state, running.reason, running.nodes, running.start) == ("RUNNING", "", "node[0-1]", None)
 
 
