@@ -6,25 +6,28 @@ Exit status: 0 done; 1 failed; 2 the user's mistake, with one message; 128 + n s
 import os
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from framework import cli_checkpoint, cli_data, cli_status, log
+from framework import cli_checkpoint, cli_cluster, cli_data, cli_status, log
 from framework.checkpoint.find import open_checkpoint
-from framework.environment import Environment, read_environment, visible_gpus
+from framework.environment import Environment, StopFlag, read_environment, visible_gpus
+from framework.failure import failure_of, write_failure
+from framework.heartbeat import Heart, process_began
 from framework.launch.check import check_machine, check_start, check_store
-from framework.launch.local import run_local, write_failure
+from framework.launch.local import run_local
 from framework.recipe import Recipe, load_recipe
-from framework.run import Resolved, RunFailure, recipe_of_run, resolve_invocation
+from framework.run import Resolved, RunFailure, launched_run, recipe_of_run, resolve_invocation
 from framework.shapes import ClipShape
+from framework.stacks import dump_on_signal
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_cluster.app)
 app.add_typer(cli_status.app)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set.")]
@@ -119,6 +122,7 @@ def encode(
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
     overrides: Overrides = None,
 ) -> None:
@@ -129,7 +133,7 @@ def train(
     env = read_environment()
     wanted = invocation.recipe.train.steps
     if env is not None:
-        train_rank(invocation, env)
+        train_rank(invocation, env, context.find_object(Heart) or Heart(begin=process_began(), writes=env.is_first))
     elif (done := check_store(invocation.recipe)) >= wanted:
         log.line(f"the run {invocation.recipe.run} is finished: {done} of {wanted} steps are done")
     else:
@@ -258,14 +262,21 @@ def launch(recipe: Recipe, arguments: list[str]) -> None:
     raise typer.Exit(run_local(arguments, world_size=shape.world_size))
 
 
-def train_rank(invocation: Resolved, env: Environment) -> None:
-    """One rank's part."""
+def train_rank(invocation: Resolved, env: Environment, heart: Heart) -> None:
+    """One rank's part. What can come before torch is imported, which takes seconds, comes before."""
+    stop, run = StopFlag(), launched_run(Path(invocation.recipe.run), env)
+    dump_on_signal(run, env.rank)
+    if run is not None:
+        heart.attach(run)
     check_start(invocation.recipe, num_ranks=env.world_size, num_gpus=visible_gpus())
     from framework.programs.train import train as run_train
 
-    verdict = run_train(invocation, env)
+    verdict = run_train(invocation, env, heart, stop)
     if env.is_first and verdict.outcome == "stopped":
-        log.line(f"stopped after step {verdict.step}, saved; the same command resumes")
+        saved = (
+            "saved" if verdict.step > heart.state.resumed else "before another one, so that there is nothing to save"
+        )
+        log.line(f"stopped after step {verdict.step}, {saved}; the same command resumes")
     if verdict.signal is not None:
         raise typer.Exit(128 + verdict.signal)
 
@@ -278,30 +289,35 @@ def place() -> Environment | None:
         return None
 
 
-def fail(message: str, status: int) -> int:
-    """Say why once: to the launcher if there is one, else on standard error."""
-    env = place()
+def fail(error: Exception, heart: Heart) -> int:
+    """Say why once: to the launcher if there is one, else on standard error. The exit status."""
+    env, beat = place(), heart.state
+    failure = failure_of(error, rank=0 if env is None else env.rank, phase=beat.phase, step=beat.step)
     if env is not None and env.failures is not None:
-        write_failure(env.failures, env.rank, message, status)
-    else:
-        log.error(message)
-    return status
+        write_failure(env.failures, failure)
+    if env is None or env.failures is None or env.attempt is not None:  # a launcher that claims keeps each rank's log
+        log.error(failure.message)
+    return failure.status
 
 
 def run() -> int:
     """Run the command; the exit status. The user's mistakes become one message."""
+    env = place()
+    heart = Heart(begin=began(env), writes=env is not None and env.is_first)
     try:
         # Without standalone mode typer returns the status of typer.Exit, and None otherwise.
-        return int(app(standalone_mode=False) or 0)
+        return int(app(standalone_mode=False, obj=heart) or 0)
     except typer.Abort:
         return 130
-    except ValueError as error:
-        return fail(f"error: {error}", 2)
-    except (RunFailure, OSError) as error:
-        return fail(f"error: {error}", 1)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's UsageError, of the copy that typer carries inside
-        return fail(traceback.format_exc(), 1) if usage is None else fail(f"error: {usage()}", 2)
+        return fail(error if usage is None else ValueError(usage()), heart)
+
+
+def began(env: Environment | None) -> float:
+    """When this process was started; by its launcher's clock, unless that is ahead."""
+    here = process_began()
+    return here if env is None or env.launched is None else min(env.launched, here)
 
 
 def main() -> None:

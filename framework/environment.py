@@ -18,12 +18,24 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
+from typing import Final
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+DUMP_SIGNAL = signal.SIGUSR1  # asks a rank for its stacks (stacks.py)
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Of every rank, here and on a cluster.
+RANK_DEFAULTS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what train.deterministic needs of cuBLAS
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_FR_BUFFER_SIZE": "2000",  # collectives that NCCL's flight recorder keeps (stacks.py)
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -77,9 +89,53 @@ def node_name() -> str:
     return os.environ.get("CUBOID_NODE") or socket.gethostname()
 
 
+def local_world_size() -> int:
+    """How many ranks this node has; 1 where no launcher says so."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"the environment variable LOCAL_WORLD_SIZE={text!r} isn't a number of ranks")
+    return int(text)
+
+
+def master_address() -> tuple[str, int]:
+    """Host and port at which the first rank is met."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
 def switch_address() -> str:
     """Where this node stands in the network, outermost switch first, joined by dots; "" where nobody knows."""
     return os.environ.get("CUBOID_SWITCH", "")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the scheduler has given a batch script. nodes: as it writes them, node[0-3]. restart: how often the job has
+    come back. user: who runs it.
+    """
+
+    job: str
+    nodes: str
+    restart: int
+    user: str
+
+
+def read_allocation() -> Allocation:
+    """The nodes of this batch script. Raises ValueError outside one."""
+    names = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST")
+    if any(name not in os.environ for name in names):
+        raise ValueError(f"this isn't a batch script of Slurm: {' and '.join(names)} aren't set")
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return Allocation(job, os.environ["SLURM_JOB_NODELIST"], restart, os.environ.get("USER", "user"))
+
+
+def step_variables(own: dict[str, str]) -> dict[str, str]:
+    """The environment of a step that this process starts. A step takes its own shape from its words alone: what the job
+    was submitted with isn't handed on.
+    """
+    shape = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK")
+    return {name: value for name, value in os.environ.items() if name not in shape} | own
 
 
 def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> dict[str, str]:
@@ -90,8 +146,8 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
     """
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
     return {
+        **RANK_DEFAULTS,
         "OMP_NUM_THREADS": threads,
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what train.deterministic needs of cuBLAS
         **({} if visible_gpus() else {"DS_ACCELERATOR": "cpu"}),
         **os.environ,
         "RANK": str(rank),
@@ -101,8 +157,6 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "CUBOID_FAILURES": str(failures),
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }
 
 
@@ -120,6 +174,11 @@ def be_first_rank() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     if not visible_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def keep_after_failure() -> None:
+    """A failed collective of NCCL is reported to this process, and doesn't end it."""
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
 
 
 def visible_gpus() -> int:
@@ -147,8 +206,8 @@ def gpu_capability() -> tuple[int, int] | None:
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2 (what schedulers send ahead of the end); the loop finishes its step, saves
-    and ends.
+    """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2 (what schedulers send ahead of the end); the loop finishes its step,
+    saves and ends.
     """
 
     def __init__(self) -> None:

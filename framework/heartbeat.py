@@ -1,6 +1,6 @@
 """What an attempt says of itself while it runs: RUN/attempts/0003/heartbeat.json, written by rank 0.
 
-One file is enough to see a hang: ranks wait for each other in every step, so when one stops, rank 0 stops within a step.
+One file is enough to see a hang: ranks wait for each other in every step, so when one stops, rank 0 stops within one.
 (A file a rank would be thousands of writes a second on a shared file system.) Which rank it is tell the stack dumps of
 all (`stacks/rank-00007.txt`, written on SIGUSR1) and each rank's own compute time, which rank 0 gathers now and then.
 
@@ -19,8 +19,11 @@ order in which an attempt goes through them, with the seconds spent in each so f
 """
 
 import json
+import math
+import os
 import time
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Final, Literal
 
 from framework.run import Run, write_atomically
@@ -28,6 +31,7 @@ from framework.run import Run, write_atomically
 Phase = Literal["import", "init", "build", "load", "first_step", "step", "save", "observe", "end"]
 STARTING: Final = ("import", "init", "build", "load", "first_step")
 FILE: Final = "heartbeat.json"
+OLD = 3600.0  # seconds: no process takes so long to its first line
 EVERY = 1.0  # seconds between two writes of the same phase, at least
 
 
@@ -36,7 +40,8 @@ class Heartbeat:
     """time: when it was written; since: when this step or phase began (Unix seconds). step: optimizer steps done of
     `last`. seconds: phase -> seconds spent in it so far. saved: step of the newest checkpoint of this attempt, at
     saved_at; -1 before any. resumed: the step at which the attempt began. compute: each rank's own seconds for the same
-    piece of work, when last measured.
+    piece of work, when last measured; waited: each rank's seconds a step of waiting for data, since the measurement
+    before.
     """
 
     attempt: int
@@ -53,6 +58,7 @@ class Heartbeat:
     tokens_per_second: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     compute: tuple[float, ...] = ()
+    waited: tuple[float, ...] = ()
 
 
 def read_heartbeat(run: Run) -> Heartbeat | None:
@@ -61,8 +67,21 @@ def read_heartbeat(run: Run) -> Heartbeat | None:
         fields = json.loads((run.attempt_path / FILE).read_text())
     except FileNotFoundError:
         return None
-    beat = Heartbeat(**fields | {"compute": tuple(fields["compute"])})
+    beat = Heartbeat(**fields | {name: tuple(fields[name]) for name in ("compute", "waited")})
     return beat if beat.attempt == run.attempt else None
+
+
+def process_began() -> float:
+    """When this process was started, Unix seconds; now where that can't be told."""
+    now = time.time()
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf(
+            "SC_CLK_TCK"
+        )  # field 22 of proc(5)
+    except (OSError, AttributeError, IndexError, ValueError):
+        return now
+    return now - age if 0 <= age < OLD else now  # in some containers the two clocks aren't the same
 
 
 class Heart:
@@ -91,6 +110,8 @@ class Heart:
     def step(self, step: int, *, seconds: float, tokens_per_second: float, loss: float | None) -> None:
         """A step is done, and the next one begins. Written once a second."""
         self._pass_to("step")
+        if loss is not None and not math.isfinite(loss):  # JSON has no such numbers
+            loss = None
         self.state = replace(
             self.state, step=step, step_seconds=seconds, tokens_per_second=tokens_per_second, loss=loss
         )
@@ -101,9 +122,9 @@ class Heart:
         """The newest committed checkpoint."""
         self.state = replace(self.state, saved=step, saved_at=at)
 
-    def measured(self, compute: tuple[float, ...]) -> None:
+    def measured(self, compute: tuple[float, ...], waited: tuple[float, ...]) -> None:
         """Each rank's own time."""
-        self.state = replace(self.state, compute=compute)
+        self.state = replace(self.state, compute=compute, waited=waited)
 
     def _pass_to(self, phase: Phase) -> None:
         now, before = time.time(), self.state
@@ -114,4 +135,6 @@ class Heart:
         if self._writes and self._run is not None:
             self._written = time.time()
             self.state = replace(self.state, time=self._written)
-            write_atomically(self._run.attempt_path / FILE, json.dumps(asdict(self.state)) + "\n")
+            write_atomically(
+                self._run.attempt_path / FILE, json.dumps(asdict(self.state), allow_nan=False) + "\n", durable=False
+            )

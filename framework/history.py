@@ -3,9 +3,9 @@
     submitted   a job was handed to the scheduler        job, cluster, nodes (wanted)
     started     the job got its nodes                     job, restart, nodes
     launched    ranks were started for an attempt         job, attempt, nodes, ranks
-    ended       the attempt is over                       job, attempt, outcome, reason, step (saved), node
+    ended       the attempt is over                       job, attempt, outcome, reason, kind, step (saved), node
     excluded    a node isn't used any more                node, reason
-    requeued    the job waits in the queue again          job, reason
+    requeued    the job waits in the queue again          job, outcome, reason
     finished    nothing follows any more                  job, outcome, reason, step
     cancelled   a person asked for the end                job
 
@@ -45,6 +45,7 @@ class Event:
     reason: str | None = None
     step: int | None = None
     node: str | None = None
+    kind: str | None = None
 
 
 class History:

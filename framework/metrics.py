@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, and TensorBoard where asked for.
+"""metrics.jsonl: one line a step, and TensorBoard and Weights & Biases where asked for.
 
 A step's loss is a tensor whose sum over the ranks is still under way when the step ends; it is read when the next step
 has been launched, so that nothing waits for it.
@@ -7,11 +7,12 @@ has been launched, so that nothing waits for it.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from framework.run import write_atomically
+from framework.recipe import Recipe, flatten
+from framework.run import Run, RunFailure, run_identity, write_atomically
 
 if TYPE_CHECKING:
     from torch.distributed import Work
@@ -60,12 +61,45 @@ class StepRecord:
         return line
 
 
-class MetricsWriter:
-    """Appends lines on rank 0; elsewhere it only waits for what must be waited for."""
+class WandbRun:
+    """One run of Weights & Biases for all attempts: its id is the run's own.
 
-    def __init__(self, path: Path, *, start: int, writes: bool, tensorboard: bool) -> None:
+    Its step only rises, and an attempt goes back to its checkpoint; so curves are drawn over a value "step".
+    """
+
+    def __init__(self, project: str, path: Path, config: dict[str, object]) -> None:
+        """path: of the run. config: shown with it. Raises RunFailure where the service refuses."""
+        import wandb
+
+        identity = run_identity(path)
+        assert identity is not None, "an attempt has been claimed"
+        try:
+            self._run: Any = wandb.init(
+                project=project, id=identity, name=path.name, dir=str(path), resume="allow", config=config
+            )
+        except wandb.Error as error:
+            raise RunFailure(f"log.wandb={project}: {error}") from error
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Hand over to the process that uploads."""
+        self._run.log(values | {"step": step})
+
+    def close(self) -> None:
+        """Wait until everything is there."""
+        self._run.finish()
+
+
+class MetricsWriter:
+    """Appends lines on rank 0; elsewhere it only waits for what must be waited for. loss: the newest that is known."""
+
+    def __init__(
+        self, path: Path, *, start: int, writes: bool, tensorboard: bool, wandb: WandbRun | None = None
+    ) -> None:
         self._path, self._writes = path, writes
         self._board: SummaryWriter | None = None
+        self._wandb = wandb
+        self.loss: float | None = None
         if writes:
             forget_after(path / "metrics.jsonl", start)
             forget_after(path / "validation.jsonl", start)
@@ -77,6 +111,7 @@ class MetricsWriter:
     def write(self, record: StepRecord) -> dict[str, object]:
         """Read a step's numbers and append its line."""
         line = record.read()
+        self.loss = float(str(line["loss"]))
         if self._writes:
             self._append("metrics.jsonl", line)
             self._scalars("train", line, record.step, ("loss", "grad_norm", "lr", "seconds"))
@@ -91,6 +126,8 @@ class MetricsWriter:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def _append(self, name: str, line: dict[str, object]) -> None:
         """Raises OSError with the file's name: a full disk is found here first."""
@@ -102,9 +139,19 @@ class MetricsWriter:
             raise OSError(error.errno, error.strerror, str(path)) from None
 
     def _scalars(self, prefix: str, line: dict[str, object], step: int, names: tuple[str, ...]) -> None:
+        values = {f"{prefix}/{name}": float(str(line[name])) for name in names}
         if self._board is not None:
-            for name in names:
-                self._board.add_scalar(f"{prefix}/{name}", float(str(line[name])), step)
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.scalars(values, step)
+
+
+def open_metrics(recipe: Recipe, run: Run, *, start: int, writes: bool) -> MetricsWriter:
+    """Where the numbers of an attempt go. start: its first step."""
+    config, project = recipe.log, recipe.log.wandb
+    wandb = WandbRun(project, run.path, flatten(recipe)) if writes and project else None
+    return MetricsWriter(run.path, start=start, writes=writes, tensorboard=config.tensorboard, wandb=wandb)
 
 
 def forget_after(path: Path, step: int) -> None:

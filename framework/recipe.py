@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from framework.checkpoint.config import CheckpointConfig
@@ -28,11 +28,13 @@ from framework.kernels.config import (
     installed_flash,
     resolve_attention,
 )
-from framework.layers import Tree, apply_overrides, read_layers
+from framework.launch.config import ClusterConfig
+from framework.layers import Tree, apply_overrides, foreign_keys, merge_typed, read_layers
 from framework.models.config import ExecutionConfig, LoraConfig, ModelConfig
 from framework.parallel.config import MeshConfig
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig, check_engine
 from framework.plan.parameters import check_patterns
+from framework.programs.config import WatchConfig
 from framework.shapes import TokenShape, latent_shape, token_shape
 from framework.text.config import TextConfig, text_width
 from framework.tokenizer.config import TokenizerConfig, tokenizer_channels, tokenizer_strides
@@ -110,10 +112,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """every: steps between printed lines. tensorboard: also write event files into the run directory."""
+    """every: steps between printed lines. tensorboard: also write event files into the run directory. wandb: project of
+    Weights & Biases, to which all attempts report as one run; "" = none.
+    """
 
     every: int = 10
     tensorboard: bool = False
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -161,6 +166,7 @@ class Recipe:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
 
@@ -171,43 +177,28 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
 
 def read_recipe_layers(path: Path) -> Tree:
     """A recipe file over its bases, each checked for names and types by itself, as a plain tree."""
-    return read_layers(path, check=lambda tree, file: merge_typed(tree, str(file)))
+    return read_layers(path, check=check_layer)
+
+
+def check_layer(tree: Tree, file: Path) -> None:
+    """Raises ValueError for a recipe file with keys that a recipe doesn't have, or values of another type."""
+    if foreign := foreign_keys(tree, Recipe, ClusterConfig):
+        raise ValueError(
+            f"{file} describes a cluster ({', '.join(foreign[:3])}), where a recipe is wanted: give it as "
+            f"--cluster {file}, and a recipe (recipes/) in its place"
+        )
+    merge_typed(Recipe, tree, str(file))
 
 
 def build_recipe(tree: Tree) -> Recipe:
     """A checked Recipe from a plain tree of keys."""
     try:
-        plain = OmegaConf.to_object(merge_typed(tree, "the recipe"))
+        plain = OmegaConf.to_object(merge_typed(Recipe, tree, "the recipe"))
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     recipe: Recipe = choose_alternatives(plain, "")
     check_recipe(recipe)
     return recipe
-
-
-def merge_typed(tree: Tree, source: str) -> DictConfig:
-    """Merge a plain tree on the dataclasses: names and types are checked, values not yet."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Recipe), tree)
-    except (OmegaConfBaseException, TypeError) as error:
-        message = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value of the list")
-        raise ValueError(f"{source}: {wrong_key(tree)}: {message}") from None
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def wrong_key(tree: Tree, parents: tuple[str, ...] = ()) -> str:
-    """The innermost key of a tree that doesn't merge, with its value: OmegaConf often names none."""
-    for name, value in tree.items():
-        layer: Tree = {name: value}
-        for parent in reversed(parents):
-            layer = {parent: layer}
-        try:
-            OmegaConf.merge(OmegaConf.structured(Recipe), layer)
-        except (OmegaConfBaseException, TypeError):
-            inside = wrong_key(value, (*parents, name)) if isinstance(value, dict) else ""
-            return inside or f"{'.'.join((*parents, str(name)))}={value}"
-    return ""
 
 
 def choose_alternatives(node: Any, key: str) -> Any:

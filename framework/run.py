@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from framework.environment import Environment
 from framework.kernels.config import FLASH_DISTRIBUTIONS, installed_flash
 from framework.layers import apply_overrides
 from framework.recipe import (
@@ -54,6 +55,7 @@ FREE = (
     "checkpoint.*",
     "validation.*",
     "sampler.*",
+    "watch.*",
     "samples.*",
     "log.*",
     "resume.*",
@@ -62,6 +64,7 @@ BOUND = ("checkpoint.store", "train.trainable")  # not free although the above m
 
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity"
+SNAPSHOT_PREFIX, COMMIT_FILE = "code-", "commit"  # of a copy of this package, launch/snapshot.py
 
 
 class RunFailure(RuntimeError):
@@ -92,14 +95,47 @@ class Run:
     def attempt_path(self) -> Path:
         return self.path / "attempts" / f"{self.attempt:04}"
 
+    @property
+    def failures(self) -> Path:
+        """Where ranks under a supervisor say why they failed."""
+        return self.attempt_path / "failures"
+
     def write_verdict(self, verdict: Verdict) -> None:
+        """On disk when this returns, its name included."""
         write_atomically(self.attempt_path / "verdict.json", json.dumps(dataclasses.asdict(verdict)) + "\n")
+        folder = os.open(self.attempt_path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_verdict(run: Run) -> Verdict | None:
+    """How an attempt says that it ended, None where it was lost or hasn't."""
+    try:
+        return Verdict(**json.loads((run.attempt_path / "verdict.json").read_text()))
+    except FileNotFoundError:
+        return None
 
 
 def latest_attempt(path: Path) -> int:
     """The newest attempt's number, -1 when there is none."""
     numbers = [int(p.name) for p in (path / "attempts").glob("*") if p.name.isdecimal()]
     return max(numbers, default=-1)
+
+
+def launched_run(path: Path, env: Environment) -> Run | None:
+    """The run and attempt that the launcher has claimed for its ranks; None where it leaves that to them. path: of the
+    recipe's run. Raises ValueError where they differ.
+    """
+    if env.attempt is None:
+        return None
+    if env.run is None or env.run.resolve() != path.resolve():
+        raise ValueError(
+            f"the launcher has claimed attempt {env.attempt} of the run {env.run}, the recipe's is {path}: give both "
+            "the same run=DIR"
+        )
+    return Run(path, env.attempt)
 
 
 def lock_run(path: Path) -> None:
@@ -132,14 +168,15 @@ def open_attempt(path: Path, number: int) -> bool:
     return True
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a file that is there whole or not at all. durable: even where the machine loses power."""
     partial = path.with_name(path.name + f".{os.getpid()}.partial")
     try:
         with partial.open("w") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -210,7 +247,9 @@ def check_directory(path: Path) -> None:
         raise ValueError(f"run={path} is a file: name a directory")
     if path.is_dir() and not is_run(path):
         others = sorted(
-            entry.name for entry in path.iterdir() if entry.name not in ("attempts", CHECKPOINTS, "lineage.json", "jobs")
+            entry.name
+            for entry in path.iterdir()
+            if entry.name not in ("attempts", CHECKPOINTS, "lineage.json", "jobs")
         )
         if others:
             raise ValueError(f"run={path} holds {others[0]!r} and is no run: name a new or empty directory")
@@ -292,7 +331,12 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this code's checkout, with + where it was changed; None outside one."""
+    """The commit of this code's checkout, with + where it was changed; None outside one. Of a job's copy of the code:
+    that of where it was taken.
+    """
+    folder = Path(__file__).resolve().parents[1]
+    if folder.name.startswith(SNAPSHOT_PREFIX) and (folder / COMMIT_FILE).is_file():
+        return (folder / COMMIT_FILE).read_text() or None
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

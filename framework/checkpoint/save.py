@@ -52,6 +52,7 @@ class Saver:
         self._running: Future[None] | None = None
         self._events: SimpleQueue[str] = SimpleQueue()
         self._failure: Failure | None = None
+        self.committed: tuple[int, float] | None = None  # step of the newest checkpoint of this attempt, Unix seconds
 
     @property
     def failed(self) -> bool:
@@ -100,6 +101,7 @@ class Saver:
             except Exception as error:  # another rank is gone: the loop will hear of it too
                 failure = Failure(f"saving {entry.folder} broke off: {type(error).__name__}: {error}", final=True)
             if failure is None:
+                self.committed = progress.step, time.time()
                 before = f" ({waited:.3f} s of it for the save before)" if waited > 0.001 else ""
                 seconds = time.perf_counter() - begin
                 self._events.put(

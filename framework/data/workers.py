@@ -31,7 +31,7 @@ import numpy as np
 
 from framework.data.decode import decode_clip
 from framework.data.decode_worker import FRAMES, JOB, REFUSED, REPLY
-from framework.environment import STOP_SIGNALS, worker_variables
+from framework.environment import DUMP_SIGNAL, STOP_SIGNALS, worker_variables
 from framework.shapes import ClipShape
 
 _MODULE: Final = "framework.data.decode_worker"
@@ -186,7 +186,8 @@ def _start() -> "tuple[subprocess.Popen[bytes], socket.socket]":
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-P", "-m", _MODULE, str(os.getpid())]
     environment = worker_variables(str(Path(__file__).parents[2]))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited, and so in force from the first moment
+    # Inherited, and so in force from the first moment.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, DUMP_SIGNAL))
     try:
         return subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment), ours
     except BaseException:

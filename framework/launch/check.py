@@ -2,6 +2,7 @@
 
 import os
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 
 from framework.checkpoint.fence import check_owner
@@ -46,6 +47,7 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     recipe.zero.partition_size(shape.dp * shape.cp)
     check_table(recipe)
     check_kernel(recipe, num_gpus=num_gpus)
+    check_boards(recipe)
     if num_ranks is None:  # ranks see for themselves, with more patience
         check_data(recipe)
     return shape
@@ -64,6 +66,14 @@ def check_data(recipe: Recipe) -> None:
         bucket_views(held_out, recipe.data.buckets)
         if recipe.validation.held_out:
             check_held_out(streams, held_out)
+
+
+def check_boards(recipe: Recipe) -> None:
+    """Raises ValueError where metrics go to a service whose package isn't here."""
+    if recipe.log.wandb and find_spec("wandb") is None:
+        raise ValueError(
+            f"log.wandb={recipe.log.wandb} needs a package that isn't installed: pip install 'cuboid[wandb]'"
+        )
 
 
 def check_table(recipe: Recipe) -> None:

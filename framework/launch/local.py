@@ -5,7 +5,6 @@ terminal. A rank that fails writes its message into a directory; the earliest me
 """
 
 import ctypes
-import json
 import random
 import signal
 import socket
@@ -13,11 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from framework.environment import STOP_SIGNALS, rank_variables
+from framework.environment import DUMP_SIGNAL, STOP_SIGNALS, rank_variables
+from framework.failure import first_failure
 from framework.log import error
 
 GRACE_SECONDS = 10.0
@@ -25,30 +24,11 @@ PORTS = range(20000, 32768)
 PR_SET_PDEATHSIG = 1
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A rank's message. status: the exit status it asks for."""
-
-    rank: int
-    message: str
-    status: int
-    time: float
-
-
-def write_failure(folder: Path, rank: int, message: str, status: int) -> None:
-    """Called by a failing rank."""
-    fields = {"rank": rank, "message": message, "status": status, "time": time.time()}
-    (folder / f"rank-{rank}.json").write_text(json.dumps(fields))
-
-
-def first_failure(folder: Path) -> Failure | None:
-    """The earliest message of any rank."""
-    failures = [Failure(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
-    return min(failures, key=lambda failure: failure.time, default=None)
-
-
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its launcher dies (Linux only; elsewhere nothing happens)."""
+    """Ask the kernel to kill this process when its launcher dies (Linux only; elsewhere nothing happens). A request for
+    its stacks that comes too early is passed over.
+    """
+    signal.signal(DUMP_SIGNAL, signal.SIG_IGN)  # until the rank knows what to do with it
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -79,7 +59,12 @@ def run_local(arguments: list[str], *, world_size: int) -> int:
             for process in ranks:
                 process.send_signal(number if len(received) == 1 else signal.SIGKILL)
 
+        def dump(number: int, frame: FrameType | None) -> None:
+            for process in ranks:
+                process.send_signal(number)
+
         previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+        previous[DUMP_SIGNAL] = signal.signal(DUMP_SIGNAL, dump)
         try:
             for rank in range(world_size):
                 output = None if rank == 0 else (folder / f"rank-{rank}.log").open("wb")
@@ -126,10 +111,12 @@ def explain(folder: Path, process: subprocess.Popen[bytes], rank: int, received:
     if len(received) > 1:
         error("stopped at once: nothing since the newest checkpoint is saved; the same command resumes there")
         return 128 + received[0]
-    if status < 0 and not received:
+    failure = first_failure(folder)
+    # NCCL ends a process by SIGABRT when another rank is gone; what that one said is the reason.
+    consequence = status == -signal.SIGABRT and failure is not None and failure.kind != "lost_peer"
+    if status < 0 and not received and not consequence:
         error(f"error: rank {rank} was killed by {signal.Signals(-status).name}; the same command resumes")
         return 1
-    failure = first_failure(folder)
     if failure is not None:
         error(failure.message)
         return failure.status

@@ -187,6 +187,16 @@ def gather_objects(value: T, group: Group) -> list[T]:
     return values
 
 
+def gather_floats(values: list[float], group: Group) -> list[list[float]]:
+    """Everybody's few numbers, in the group's order, on every member."""
+    here = torch.tensor(values, dtype=torch.float64)
+    parts = here.new_empty(group.size * len(values))
+    group.traffic.count("floats", sent(num_bytes(parts), group))
+    dist.all_gather_into_tensor(parts, here, group=group.process_group)
+    found: list[list[float]] = parts.view(group.size, len(values)).tolist()
+    return found
+
+
 def shared_failure(failure: str | None, group: Group) -> str | None:
     """The failure of the first member that had one, on every member: what one can't do, none goes on from."""
     return next((each for each in gather_objects(failure, group) if each is not None), None)

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from framework.parallel.config import MeshShape, split_shape
 
+BACKGROUND = "background"  # what the process groups of `background_group` are called
 AXES = ("dp", "ring", "ulysses", "tp")
 GROUP_AXES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -115,10 +116,14 @@ def group_ranks(shape: MeshShape, axes: tuple[str, ...]) -> list[tuple[int, ...]
 
 
 def new_group(
-    ranks: tuple[int, ...], *, backend: str | None = None, timeout: timedelta | None = None
+    ranks: tuple[int, ...],
+    *,
+    backend: str | None = None,
+    timeout: timedelta | None = None,
+    description: str | None = None,
 ) -> dist.ProcessGroup | None:
     """A process group of some ranks; None on the ranks outside it. A collective over the world."""
-    group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
+    group = dist.new_group(list(ranks), backend=backend, timeout=timeout, group_desc=description)
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
@@ -173,6 +178,19 @@ def lone_mesh() -> Mesh:
     return Mesh(shape=MeshShape(1, 1, 1, 1), rank=0, splits={}, **groups)
 
 
+def set_patience(seconds: float) -> None:
+    """From now on a collective of any group of this rank, the engine's own included, fails where it isn't done within
+    so many seconds; those of `background_group` keep their own patience.
+
+    A rank that hangs is an error on the others then, and not a silence.
+    """
+    # torch 2.11 has it under a private name alone.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for process_group in dist.distributed_c10d._world.pg_map:
+        if process_group.group_desc != BACKGROUND:
+            set_timeout(timedelta(seconds=seconds), process_group)
+
+
 def background_group(mesh: Mesh, name: str, purpose: str) -> Group:
     """One of the mesh's groups once more, on the control group's backend and with a process group of its own, so that
     what the background sends and what the loop sends never wait for each other. Its patience is that of a store's
@@ -183,7 +201,9 @@ def background_group(mesh: Mesh, name: str, purpose: str) -> Group:
         return own
     backend = dist.get_backend(mesh.control.process_group)
     for ranks in group_ranks(mesh.shape, GROUP_AXES[name]):
-        process_group = new_group(ranks, backend=backend, timeout=timedelta(hours=1)) if len(ranks) > 1 else None
+        process_group = None
+        if len(ranks) > 1:
+            process_group = new_group(ranks, backend=backend, timeout=timedelta(hours=1), description=BACKGROUND)
         if mesh.rank in ranks:
             own = Group(f"{purpose} {name}", ranks, ranks.index(mesh.rank), process_group)
     return own

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from framework.checkpoint.fence import Fence, claim, own
+from framework.checkpoint.attempt import take_attempt
+from framework.checkpoint.fence import Fence
 from framework.checkpoint.source import CheckpointSource, check_config, fill, open_source
 from framework.data.buckets import Stream, identity_of
 from framework.data.budget import micro_sizes, plan_batches
@@ -41,10 +42,10 @@ from framework.models.weights import DiffusersSource
 from framework.parallel.collectives import broadcast_object, gather_objects, shared_failure
 from framework.parallel.config import resolve_mesh
 from framework.parallel.fragments import Fragment, ParameterShard
-from framework.parallel.mesh import Group, Mesh, background_group, build_mesh, world_group
+from framework.parallel.mesh import Group, Mesh, background_group, build_mesh, set_patience, world_group
 from framework.parallel.zero.engine import Engine
 from framework.recipe import Recipe, bucket_degrees, bucket_tokens, check_trained, flatten, resolve_auto
-from framework.run import Run, RunFailure, latest_attempt, lock_run, make_identity, open_attempt, store_recipe
+from framework.run import Run, RunFailure, store_recipe
 from framework.storage.storage import Storage
 from framework.text.config import text_length, text_masked
 from framework.text.encoder import TextEncoder, build_text_encoder
@@ -84,6 +85,7 @@ class Claim:
 
     attempt: int = -1
     refusal: str | None = None
+    mistake: bool = False
 
 
 def open_mesh(recipe: Recipe, env: Environment, *, apart: tuple[str, ...] = ()) -> Mesh:
@@ -100,10 +102,19 @@ def open_mesh(recipe: Recipe, env: Environment, *, apart: tuple[str, ...] = ()) 
         torch.use_deterministic_algorithms(True)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():  # joined once, whatever number of meshes follow
-        dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=timedelta(minutes=10))
+        dist.init_process_group(
+            backend,
+            rank=env.rank,
+            world_size=env.world_size,
+            timeout=timedelta(seconds=recipe.watch.start),
+            # NCCL's communicators are made now: a link that doesn't work is told here, and not in the first step.
+            device_id=torch.device("cuda", env.local_rank) if torch.cuda.is_available() else None,
+        )
     # Before any group is made: ranks that see different meshes would wait for each other.
     agree_on_recipe(recipe, world_group(env.world_size, env.rank), apart=apart)
-    return build_mesh(shape, env.rank, bucket_splits(recipe))
+    mesh = build_mesh(shape, env.rank, bucket_splits(recipe))
+    set_patience(recipe.watch.start)
+    return mesh
 
 
 def bucket_splits(recipe: Recipe) -> list[tuple[int, int]]:
@@ -153,24 +164,28 @@ def agree_on_recipe(recipe: Recipe, world: Group, *, apart: tuple[str, ...]) -> 
         raise ValueError(f"the ranks were started with different recipes; against rank 0 differ: {'; '.join(wrong)}")
 
 
-def open_run(recipe: Recipe, overrides: tuple[str, ...], mesh: Mesh, storage: Storage) -> tuple[Run, Fence]:
-    """Rank 0 claims an attempt and stores the recipe before any weight exists; the others write to logs from now on.
+def open_run(
+    recipe: Recipe, overrides: tuple[str, ...], mesh: Mesh, storage: Storage, *, claimed: int | None
+) -> tuple[Run, Fence]:
+    """Rank 0 takes the attempt that the launcher has claimed, or claims one, and stores the recipe before any weight
+    exists. Where it claims, the others write to logs from now on; a launcher that claims has logs of its own.
 
     storage: of the checkpoints, whose fence gives the attempt's number. Raises ValueError when another process of this
-    machine holds the run, or nothing can be written.
+    machine holds the run, or nothing can be written; RunFailure when it can't be written any more.
     """
     path, told = Path(recipe.run), Claim()
     if mesh.rank == 0:
         try:
-            told = Claim(attempt=claim_run(path, storage))
+            told = Claim(attempt=take_attempt(path, storage, claimed).attempt)
             store_recipe(Run(path, told.attempt), recipe, overrides, dp=mesh.shape.dp)
         except (ValueError, OSError) as error:
-            told = Claim(refusal=str(error))
+            # A launcher that has claimed has tried the store: what it refuses now isn't the user's mistake.
+            told = Claim(refusal=str(error), mistake=claimed is None or isinstance(error, ValueError))
     told = broadcast_object(told, mesh.control)
     if told.refusal is not None:  # on every rank, so that none waits for the others
-        raise ValueError(told.refusal)
+        raise ValueError(told.refusal) if told.mistake else RunFailure(told.refusal)
     run = Run(path, told.attempt)
-    if mesh.rank != 0:
+    if mesh.rank != 0 and claimed is None:
         log = os.open(run.attempt_path / "logs" / f"rank-{mesh.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, sys.stdout.fileno())
         os.dup2(log, sys.stderr.fileno())
@@ -187,17 +202,6 @@ def begin(fence: Fence, step: int, group: Group) -> None:
             failure = str(error)
     if (failure := shared_failure(failure, group)) is not None:
         raise RunFailure(failure)
-
-
-def claim_run(path: Path, storage: Storage) -> int:
-    """Claim the next attempt at a run and its store, both of which may have seen others; its number."""
-    lock_run(path)
-    storage.check()
-    own(storage, make_identity(path), str(path.resolve()))
-    while True:
-        fence = claim(storage, first=latest_attempt(path) + 1)
-        if open_attempt(path, fence.attempt):
-            return fence.attempt
 
 
 def build_model(recipe: Recipe, mesh: Mesh) -> tuple[nn.Module, list[ParameterShard]]:

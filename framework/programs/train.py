@@ -25,8 +25,9 @@ from framework.data.loader import Loader
 from framework.data.schedule import Schedule, Work
 from framework.ema import Ema
 from framework.environment import Environment, StopFlag
+from framework.heartbeat import Heart, process_began
 from framework.log import ProgressReport
-from framework.metrics import MetricsWriter, StepRecord
+from framework.metrics import MetricsWriter, StepRecord, open_metrics
 from framework.models.patchify import patchify
 from framework.optim import learning_rate
 from framework.parallel.collectives import all_reduce_sum, barrier, gather_objects
@@ -38,9 +39,11 @@ from framework.plan.parameters import elements_of, parameter_shapes
 from framework.plan.zero_traffic import engine_traffic
 from framework.programs import build
 from framework.programs.observe import Observer
+from framework.programs.watch import Watch, agreed_signal
 from framework.recipe import Recipe, bucket_tokens, resolve_auto
 from framework.run import Resolved, Run, RunFailure, Verdict, recipe_hash, versions
 from framework.shapes import LatentShape
+from framework.stacks import dump_on_signal
 
 
 class Objective(Protocol):
@@ -84,17 +87,24 @@ class Parts:
         return self.flow.global_count(counts, self.latents, model.out_channels or model.in_channels)
 
 
-def train(invocation: Resolved, env: Environment) -> Verdict:
-    """Train until train.steps, or until a signal asks to stop."""
-    stop = StopFlag()
+def train(invocation: Resolved, env: Environment, heart: Heart | None = None, stop: StopFlag | None = None) -> Verdict:
+    """Train until train.steps, or until a signal asks to stop. heart, stop: of the process, where it has them."""
+    stop = stop or StopFlag()
+    heart = heart or Heart(begin=process_began(), writes=env.is_first)
+    heart.enter("init")
     recipe = build.settle(invocation.recipe, env)
     mesh = build.open_mesh(recipe, env)
     storage = store_of(recipe)
-    run, fence = build.open_run(resolve_auto(invocation.recipe), invocation.overrides, mesh, storage)
+    resolved, claimed = resolve_auto(invocation.recipe), env.attempt
+    run, fence = build.open_run(resolved, invocation.overrides, mesh, storage, claimed=claimed)
+    heart.attach(run)
+    dump_on_signal(run, mesh.rank)
+    heart.enter("build")
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
     ema = Ema(engine.fragments(), recipe.ema)
     fragments = [*engine.fragments(), *ema.fragments()]
+    heart.enter("load")
     near = local_directory(recipe.checkpoint.local, storage) if recipe.checkpoint.local else None
     resumed = resume(storage, fragments, mesh.control, fall_back=recipe.resume.fall_back, near=near)
     notes = list(invocation.notes)
@@ -105,6 +115,7 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     else:
         notes += resumed.notes
     progress = Progress() if resumed is None else resumed.found.manifest.progress
+    heart.resumed(progress.step, last=recipe.train.steps)
     if progress.step >= recipe.train.steps:
         notes.append(f"the run {recipe.run} is finished: {progress.step} of {recipe.train.steps} steps are done")
     engine.refresh(updates=progress.updates)
@@ -123,9 +134,13 @@ def train(invocation: Resolved, env: Environment) -> Verdict:
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
     for text in (*notes, *start_lines(parts, progress, run)):
         report.say(text)
-    metrics = MetricsWriter(run.path, start=progress.step, writes=mesh.rank == 0, tensorboard=recipe.log.tensorboard)
+    metrics = open_metrics(recipe, run, start=progress.step, writes=mesh.rank == 0)
+    watch = Watch(heart, recipe.watch, mesh, saver, build.this_device())
+    heart.enter("first_step")
     try:
-        progress, stopped = loop(parts, progress, saver, observer=observer, metrics=metrics, report=report, stop=stop)
+        progress, stopped = loop(
+            parts, progress, saver, observer=observer, metrics=metrics, report=report, stop=stop, watch=watch
+        )
     except ValueError as error:
         # The user's mistakes are found before the loop; what is raised inside needs its traceback.
         raise RuntimeError(f"the run {run.path} failed: {error}") from error
@@ -151,11 +166,12 @@ def loop(
     metrics: MetricsWriter,
     report: ProgressReport,
     stop: StopFlag,
+    watch: Watch,
 ) -> tuple[Progress, int | None]:
     """The steps. Returns where it ended and the signal that ended it, if one did."""
     recipe, last = parts.recipe, parts.recipe.train.steps
     pending: StepRecord | None = None
-    stopped: int | None = None
+    stopped = agreed_signal(stop, parts.mesh) if progress.step < last else None  # at once: there is nothing to save
     gc.disable()
     while progress.step < last and stopped is None:
         # Whether anybody was asked to stop, or can't save, is agreed on while the step runs, so before the next one;
@@ -188,6 +204,7 @@ def loop(
             uids=suspects,
             lost=lost,
         )
+        watch.stepped(pending, loss=metrics.loss)
         for text in saver.report():
             report.say(text)
         if failed:
@@ -201,12 +218,17 @@ def loop(
             pending = None
         if fails:
             raise RunFailure(f"up to step {progress.step}, {progress.bad_steps} updates in a row had no finite norm")
-        observer.observe(progress.step, metrics, report)
+        if observer.is_due(progress.step):
+            with watch.during("observe"):
+                observer.observe(progress.step, metrics, report)
         if saves:
-            saver.save(progress)
+            with watch.during("save"):
+                saver.save(progress)
         if progress.step % recipe.train.collect_garbage_every == 0:
             gc.collect()
+    watch.end()
     saver.wait()
+    watch.end()
     for text in saver.report():
         report.say(text)
     return progress, stopped

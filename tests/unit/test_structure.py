@@ -28,18 +28,18 @@ ROWS: Final = (
         "optim",
         "ema",
     ),  # a run stores a recipe
-    ("parallel.tensor_parallel", "parallel.context_parallel", "diffusion", "data", "heartbeat"),
-    ("models", "parallel.zero"),
+    ("parallel.tensor_parallel", "parallel.context_parallel", "diffusion", "data", "heartbeat", "stacks"),
+    ("models", "parallel.zero", "failure"),
     ("checkpoint", "metrics", "profiling", "evaluate", "curate"),
     ("programs", "launch"),
-    ("cli_checkpoint", "cli_data", "cli_status"),
+    ("cli_checkpoint", "cli_data", "cli_cluster", "cli_status"),
     ("cli",),
 )
 
 # Who may name what of torch.distributed: file pattern -> pattern of the names below it.
 DISTRIBUTED: Final = (
     ("parallel/*", "*"),
-    ("launch/health.py", "*"),
+    ("launch/health_ranks.py", "*"),
     ("checkpoint/*", "checkpoint.*"),
     ("checkpoint/*", "ProcessGroup"),
     ("checkpoint/*", "is_initialized"),

@@ -1,0 +1,53 @@
+"""`cuboid submit`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from framework import log
+from framework.launch.cluster import load_cluster
+from framework.launch.job import Job
+from framework.launch.script import script_of
+from framework.launch.submit import Request, build_job, check_free, submit_all, summary, write_job
+from framework.launch.sweep import read_sweep
+from framework.recipe import load_recipe
+from framework.run import resolve_invocation
+
+
+def submit(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set.")] = None,
+    *,
+    cluster: Annotated[Path, typer.Option(help="The cluster's file, as in slurm/clusters/.")],
+    nodes: Annotated[
+        str | None, typer.Option(help="How many: 4, or 2-4 with mesh.dp=auto; default: by the mesh.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and what it would start.")] = False,
+    array: Annotated[Path | None, typer.Option(help="A sweep's file: a run for each of its entries.")] = None,
+    after: Annotated[Path | None, typer.Option(help="Start when this run has ended well.")] = None,
+) -> None:
+    """Train on a Slurm cluster: check, submit, and come back by itself after preemption, time limits and failures."""
+    words, found, request = list(overrides or []), load_cluster(cluster), Request(nodes, after)
+    jobs: list[Job] = []
+    for number, row in enumerate(read_sweep(array)) if array is not None else [(-1, [])]:
+        named = [f"run={load_recipe(recipe, words).run}-{number:03}"] if number >= 0 else []
+        invocation = resolve_invocation(recipe, [*words, *row, *named])
+        job, notes = build_job(invocation, found, request)
+        if number <= 0:
+            for note in (*invocation.notes, *notes):
+                log.line(note)
+        if not dry_run:
+            check_free(Path(job.run))
+            job = write_job(job, invocation.recipe)
+        jobs.append(job)
+    if len({job.nodes for job in jobs}) > 1:
+        raise ValueError(f"--array {array}: its runs need different numbers of nodes: submit them one by one")
+    if dry_run:
+        log.line(script_of(jobs[0]))
+    for line in summary(jobs[0], invocation.recipe):
+        log.line(line)
+    if dry_run:
+        return
+    for job, number in zip(jobs, submit_all(jobs), strict=True):
+        log.line(f"submitted {job.run} as job {number}; `cuboid status {job.run}` tells how it goes")

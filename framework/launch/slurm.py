@@ -1,0 +1,83 @@
+"""The scheduler's commands, as the supervisor and `submit` use them."""
+
+import re
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
+
+SECONDS = 60.0
+GONE: Final = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN")
+FIELD: Final = re.compile(r"(\w+)=(\S*)")
+
+
+def call(words: Sequence[str], *, seconds: float = SECONDS) -> str:
+    """Standard output of a command. Raises OSError with what it said where it failed, or took too long."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"`{' '.join(words)}` gave no answer within {seconds:g} s") from None
+    if done.returncode:
+        raise OSError(f"`{' '.join(words)}` failed: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def expand(nodes: str) -> tuple[str, ...]:
+    """node[1-3] -> node1, node2, node3."""
+    return tuple(call(["scontrol", "show", "hostnames", nodes]).split())
+
+
+def fields_of_job(job: str) -> dict[str, str]:
+    """What `scontrol show job` says; empty where it knows none of that number."""
+    try:
+        return dict(FIELD.findall(call(["scontrol", "show", "job", "-o", job])))
+    except OSError:
+        return {}
+
+
+def comes_back(job: str, restart: int) -> bool:
+    """Whether the scheduler itself has put a job back into the queue that it is ending. restart: which start this is."""
+    return int(fields_of_job(job).get("Restarts", restart)) > restart
+
+
+def is_silent(node: str) -> bool:
+    """Whether the scheduler has no answer from a node, long before it holds it for lost."""
+    try:
+        return "*" in (text := call(["sinfo", "-h", "-N", "-o", "%T", "-n", node])) or "down" in text
+    except OSError:
+        return False
+
+
+def gone_nodes(nodes: Sequence[str]) -> tuple[str, ...]:
+    """Those of some nodes that the scheduler holds for lost. Nobody, where it doesn't answer."""
+    try:
+        text = call(["sinfo", "-h", "-N", "-o", "%N %T", "-n", ",".join(nodes)])
+    except OSError:
+        return ()
+    states = dict(line.split() for line in text.splitlines() if len(line.split()) == 2)
+    return tuple(
+        node for node in nodes if (s := states.get(node, "").upper()).endswith("*") or any(g in s for g in GONE)
+    )
+
+
+def requeue(job: str, exclude: Sequence[str]) -> None:
+    """Put this job back into the queue, without some nodes. The scheduler ends its batch script meanwhile: every process
+    of it gets SIGTERM at once, the one that does this too, which therefore ignores it. Raises OSError.
+    """
+    words = f"scontrol requeue {job}"
+    if exclude:  # held, so that it can't start in between
+        nodes = ",".join(exclude)
+        words = f"scontrol requeuehold {job} && {{ scontrol update JobId={job} ExcNodeList={nodes}; scontrol release {job}; }}"
+    call(["bash", "-c", f"trap '' TERM; {words}"])
+
+
+def signal_step(job: str, step: str, name: str) -> None:
+    """Send a signal to every task of a step. Its status says nothing: an error is told of signals that were delivered."""
+    with suppress(subprocess.TimeoutExpired):
+        words = ["scancel", f"--signal={name}", f"{job}.{step}"]
+        subprocess.run(words, capture_output=True, timeout=SECONDS, check=False)
+
+
+def cancel(job: str) -> None:
+    """End a job. Raises OSError."""
+    call(["scancel", job])

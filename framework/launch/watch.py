@@ -1,0 +1,80 @@
+"""Watching a step: how long it has been silent, and what its ranks were doing then.
+
+A start, a step and a save each have a limit of their own (`watch` in the recipe). What counts is the heartbeat's own
+`since`, of this attempt; before there is one, the moment of the launch.
+"""
+
+import time
+from pathlib import Path
+from types import MappingProxyType
+
+from framework.heartbeat import STARTING, Heartbeat, read_heartbeat
+from framework.launch.step import Step
+from framework.launch.verdict import Hang
+from framework.log import line
+from framework.programs.config import WatchConfig
+from framework.run import Run
+from framework.stacks import stack_file
+
+LOOK = 0.1  # seconds between two looks at the step's client
+READ = 0.5  # seconds between two readings of the run directory
+DUMP = 3.0  # seconds that ranks have to write their stacks
+LINGER = 15.0  # seconds that a step may take to end once a rank has said why it failed
+
+
+def limit_of(beat: Heartbeat | None, watch: WatchConfig) -> tuple[str, float]:
+    """(phase, seconds that it may last)."""
+    phase = "import" if beat is None else beat.phase
+    if phase in STARTING:
+        return phase, watch.start
+    return phase, watch.step if phase == "step" else watch.save
+
+
+def silence(beat: Heartbeat | None, began: float, now: float) -> float:
+    """Seconds since anything has moved: a start is one piece, from the launch on."""
+    return now - (began if beat is None or beat.phase in STARTING else beat.since)
+
+
+def watch_step(step: Step, run: Run, watch: WatchConfig) -> Hang | None:
+    """Wait until a step has ended. One that hangs, or lingers after a failure, is ended."""
+    read, failed = 0.0, 0.0
+    beat: Heartbeat | None = None
+    while step.client.poll() is None:
+        time.sleep(LOOK)
+        now = time.time()
+        if now - read < READ:
+            continue
+        read, beat = now, read_heartbeat(run) or beat
+        if not failed and any(run.failures.iterdir()):
+            failed = now
+        if failed and now - failed > LINGER:
+            line(f"a rank failed {LINGER:g} s ago and others haven't ended: ending them")
+            step.end()
+            return None
+        phase, limit = limit_of(beat, watch)
+        quiet = silence(beat, step.began, now)
+        if quiet > limit:
+            line(f"nothing heard for {quiet:.1f} s in phase {phase}, its limit is {limit:g}: asking for stacks")
+            silent = dump(step, run)
+            step.end()
+            return Hang(phase, quiet, limit, MappingProxyType({rank: step.node_of(rank) for rank in silent}))
+    return None
+
+
+def dump(step: Step, run: Run) -> list[int]:
+    """Have every rank write its stacks; the ranks that didn't."""
+    began = time.time()
+    step.signal("USR1")
+    files = {rank: stack_file(run, rank) for rank in range(step.num_tasks)}
+    while (left := [rank for rank, file in files.items() if not written(file, began)]) and time.time() < began + DUMP:
+        time.sleep(LOOK)
+    return left
+
+
+def written(file: Path, since: float) -> bool:
+    """Whether a file holds something that was written after a moment (the file server's clock may be a second off)."""
+    try:
+        status = file.stat()
+    except OSError:
+        return False
+    return status.st_size > 0 and status.st_mtime > since - 2.0
