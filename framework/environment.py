@@ -34,9 +34,7 @@ RANK_DEFAULTS: Final[Mapping[str, str]] = MappingProxyType(
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what train.deterministic needs of cuBLAS
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Collectives that NCCL's flight recorder keeps (stacks.py), and its name before torch 2.9.
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",  # collectives that NCCL's flight recorder keeps (stacks.py)
     }
 )
 
@@ -221,8 +219,8 @@ def gpu_capability() -> tuple[int, int] | None:
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2 (what schedulers send ahead of the end); the loop finishes its step, saves
-    and ends.
+    """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2 (what schedulers send ahead of the end); the loop finishes its step,
+    saves and ends.
     """
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ the script (its own srun is off), so what it says is what is submitted:
 
 import shlex
 import sys
+from typing import Any
 
 from framework.launch.config import ClusterConfig
 from framework.launch.job import Job
@@ -35,12 +36,12 @@ exec "$@" >>"$(printf '%s/rank-%05d.log' "$CUBOID_LOGS" "$RANK")" 2>&1
 """
 
 
-def sbatch_parameters(job: Job) -> dict[str, object]:
+def sbatch_parameters(job: Job) -> dict[str, Any]:
     """The job in submitit's names; what it has no name for stands in `additional_parameters`, and so does a range of
     nodes.
     """
     cluster, (fewest, most) = job.cluster, job.wanted
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "nodes": str(most) if fewest == most else f"{fewest}-{most}",
         "time": cluster.time,
         "requeue": True,
@@ -72,7 +73,7 @@ def sbatch_parameters(job: Job) -> dict[str, object]:
 
 def gpus_of(cluster: ClusterConfig) -> str | None:
     """sbatch's --gpus-per-node."""
-    if not cluster.gpus:
+    if not cluster.gpus or "gres" in cluster.sbatch:
         return None
     return f"{cluster.gpu_type}:{cluster.ranks_per_node}" if cluster.gpu_type else str(cluster.ranks_per_node)
 
@@ -105,6 +106,7 @@ def srun_words(
         f"--ntasks={len(hosts) * tasks_a_node}",
         f"--ntasks-per-node={tasks_a_node}",
         f"--cpus-per-task={job.cluster.cpus_per_rank}",
+        *([f"--gpus-per-node={gpus}"] if (gpus := gpus_of(job.cluster)) else []),
         f"--nodelist={','.join(hosts)}",
         f"--kill-on-bad-exit={0 if tolerant else 1}",
         *(["--no-kill"] if tolerant else []),

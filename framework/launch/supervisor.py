@@ -33,6 +33,7 @@ from framework.log import line
 from framework.run import Run, latest_attempt, read_verdict
 from framework.storage.storage import open_storage
 
+MOMENT = 3.0  # seconds
 STATUS = {"done": 0, "cancelled": 143}
 
 
@@ -45,6 +46,12 @@ class Told:
             signal.signal(number, self._set)
         for number in (signal.SIGUSR2, signal.SIGCONT):  # for the ranks, which get it too
             signal.signal(number, signal.SIG_IGN)
+
+    def wait(self) -> None:
+        """The ranks were told: the scheduler tells them first, and this process within a moment."""
+        deadline = time.monotonic() + MOMENT
+        while not self.yes and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.yes = True
@@ -86,6 +93,9 @@ class Supervisor:
                 return self._finish("fatal", str(error))
             except OSError as error:
                 ended = Ended("retry", str(error), kind="storage")
+            if self._is_replaced():
+                line("another start of this job has taken over: this one says nothing more")
+                return 1
             self._note_end(ended)
             for node in ended.bad:
                 self._exclude(node, ended.reason)
@@ -136,12 +146,15 @@ class Supervisor:
             self.job, self.allocation.job, hosts, self.job.command, tasks_a_node=ranks, logs=logs, own=own
         )
         hang = watch_step(step, run, self.job.watch)
+        verdict = read_verdict(run)
+        if verdict is not None and verdict.signal == signal.SIGTERM:
+            self.told.wait()
         lost = {*lost_nodes(step.said()), *slurm.gone_nodes(hosts)}
         return judge(
             Evidence(
                 status=step.client.returncode,
                 srun=step.said(),
-                verdict=read_verdict(run),
+                verdict=verdict,
                 failure=first_failure(run.failures),
                 beat=read_heartbeat(run),
                 hang=hang,
@@ -189,6 +202,10 @@ class Supervisor:
     def _is_cancelled(self) -> bool:
         """Whether this job was told to end, and doesn't come back by the scheduler's doing."""
         return self.told.yes and not slurm.comes_back(self.allocation.job, self.allocation.restart)
+
+    def _is_replaced(self) -> bool:
+        """Whether this is what is left of a start whose node the scheduler holds for lost: nobody told it to end."""
+        return not self.told.yes and slurm.comes_back(self.allocation.job, self.allocation.restart)
 
     def _requeue(self, following: Next) -> int:
         """Back into the queue, without the bad nodes. A status other than 0 where the scheduler refuses."""

@@ -1,13 +1,16 @@
 """What watches the loop from inside: heartbeats, each rank's own speed, and how long a collective may take."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from framework.checkpoint.save import Saver
+from framework.environment import StopFlag
 from framework.heartbeat import Heart, Phase
 from framework.metrics import StepRecord
+from framework.parallel.collectives import all_reduce_sum
 from framework.parallel.mesh import Mesh, set_patience
 from framework.programs.config import WatchConfig
 from framework.programs.probe import Probe
@@ -47,3 +50,10 @@ class Watch:
         if self._saver.committed is not None:
             self._heart.saved(*self._saver.committed)
         self._heart.enter("end")
+
+
+def agreed_signal(stop: StopFlag, mesh: Mesh) -> int | None:
+    """The signal that some rank was sent before the first step. A collective over the world."""
+    asked = torch.tensor([stop.signal or 0])
+    all_reduce_sum(asked, mesh.control, "stop").wait()
+    return (stop.signal or signal.SIGTERM) if asked.item() else None

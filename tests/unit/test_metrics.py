@@ -1,12 +1,17 @@
 """metrics.jsonl: a line a step, read late, and no step twice after a crash."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from tiny import write_recipe
 
-from framework.metrics import MetricsWriter, StepRecord, forget_after
+from framework.metrics import MetricsWriter, StepRecord, forget_after, open_metrics
+from framework.recipe import load_recipe
+from framework.run import Run, RunFailure, make_identity
 
 
 class Work:
@@ -60,7 +65,7 @@ def test_a_line_waits_for_its_loss() -> None:
         "data_wait": 0.0,
         "traffic": {"zero": 3},
     }
-    assert record(2, skipped=True).read() == line | {"skipped": True, "uids": ["a", "b"]}
+    assert record(2, skipped=True).read() == line | {"skipped": True, "why": "spike", "uids": ["a", "b"]}
 
 
 def test_lines_are_there_as_they_are_written(tmp_path: Path) -> None:
@@ -117,3 +122,61 @@ def test_a_line_may_be_cut_anywhere(tmp_path: Path, length: int) -> None:
     metrics.write(record(3))
     metrics.close()
     assert steps(path) in ([1, 3], [1, 2, 3])
+
+
+class FakeWandb(ModuleType):
+    """What is asked of the package."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.runs: list[dict[str, object]] = []
+        self.lines: list[dict[str, float]] = []
+        self.refuses = False
+
+    def init(self, **words: object) -> "FakeWandb":
+        if self.refuses:
+            raise FakeWandb.Error("no network")
+        self.runs.append(words)
+        return self
+
+    def define_metric(self, name: str, *, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, values: dict[str, float]) -> None:
+        self.lines.append(values)
+
+    def finish(self) -> None:
+        self.lines.append({})
+
+
+def test_all_attempts_are_one_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second attempt begins before the first one's last step."""
+    wandb, folder = FakeWandb(), tmp_path / "run"
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (folder / "attempts").mkdir(parents=True)
+    recipe = load_recipe(write_recipe(tmp_path, tmp_path, ["log.wandb=videos"]), [])
+    identity = make_identity(folder)
+    for attempt, start in enumerate((0, 1)):
+        metrics = open_metrics(recipe, Run(folder, attempt), start=start, writes=True)
+        metrics.write(record(start + 1))
+        metrics.write_validation({"step": start + 1, "weights": "ema", "loss": 0.5})
+        metrics.close()
+        open_metrics(recipe, Run(folder, attempt), start=start, writes=False).close()
+    assert [(run["id"], run["project"], run["name"], run["resume"]) for run in wandb.runs] == [
+        (identity, "videos", "run", "allow")
+    ] * 2, "of rank 0 alone"
+    assert wandb.lines[0] == {
+        "train/loss": 1.5,
+        "train/grad_norm": 0.5,
+        "train/lr": 1e-3,
+        "train/seconds": 0.123457,
+        "step": 1,
+    }
+    assert wandb.lines[1:3] == [{"validation/ema/loss": 0.5, "step": 1}, {}]
+    assert wandb.lines[3]["step"] == 2
+    wandb.refuses = True
+    with pytest.raises(RunFailure, match=r"log\.wandb=videos: no network"):
+        open_metrics(recipe, Run(folder, 2), start=2, writes=True)
