@@ -46,7 +46,7 @@ def check_request(run: Path, request: LogRequest) -> None:
         raise ValueError(f"--attempt {request.attempt}: {run} has no such attempt; {there}")
     names = {path.stem.removeprefix("rank-") for path in (run / "attempts").glob("*/logs/rank-*.log")}
     ranks = sorted(int(name) for name in names if name.isdecimal())
-    there = f"those of the ranks {ranks[0]} to {ranks[-1]} are there" if ranks else "no rank has written one"
+    there = f"there are logs of {len(ranks)} ranks, {ranks[0]} to {ranks[-1]}" if ranks else "no rank has written one"
     hint = "; rank 0 of a run that was started by hand writes to its terminal" if request.rank == 0 else ""
     raise ValueError(f"{run} has no log of rank {request.rank}: {there}{hint}")
 

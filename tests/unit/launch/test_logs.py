@@ -46,9 +46,9 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     for request, message in (
         (
             LogRequest(0),
-            "no log of rank 0: those of the ranks 1 to 3 are there; rank 0 of a run that was started by hand",
+            "no log of rank 0: there are logs of 2 ranks, 1 to 3; rank 0 of a run that was started by hand",
         ),
-        (LogRequest(7), "no log of rank 7: those of the ranks 1 to 3 are there$"),
+        (LogRequest(7), "no log of rank 7: there are logs of 2 ranks, 1 to 3$"),
         (LogRequest(1, attempt=4), "--attempt 4: .* has no such attempt; it has 0$"),
         (LogRequest(None), "no supervisor's log"),
     ):
