@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from framework import cli_checkpoint, cli_cluster, cli_data, cli_status, log
+from framework import cli_checkpoint, cli_cluster, cli_data, cli_status, cli_submit, log
 from framework.checkpoint.find import open_checkpoint
 from framework.environment import Environment, StopFlag, read_environment, visible_gpus
 from framework.failure import failure_of, write_failure
@@ -28,6 +28,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_cluster.app)
+app.add_typer(cli_submit.app)
 app.add_typer(cli_status.app)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set.")]

@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,18 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
         "MASTER_PORT": str(port),
         "CUBOID_FAILURES": str(failures),
     }
+
+
+def cache_places() -> dict[str, str]:
+    """Variable -> where what is compiled is kept, for those who don't set it too."""
+    user = os.environ.get("USER") or str(os.getuid())
+    home = os.path.expanduser("~")
+    places = {
+        "TRITON_CACHE_DIR": f"{home}/.triton/cache",
+        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{user}",
+        "TORCH_EXTENSIONS_DIR": f"{home}/.cache/torch_extensions",
+    }
+    return {name: os.environ.get(name, default) for name, default in places.items()}
 
 
 def worker_variables(folder: str) -> dict[str, str]:

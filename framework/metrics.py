@@ -5,6 +5,7 @@ has been launched, so that nothing waits for it.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class StepRecord:
     """A finished step, counted from 1. loss_sum: summed over the ranks once `work` is done; the loss is loss_sum /
-    count. lost: samples that couldn't be had in the attempt's steps before.
+    count. data: the data step, from 0, where data were left out before it. lost: samples that couldn't be had in the
+    attempt's steps before.
     """
 
     step: int
@@ -39,6 +41,12 @@ class StepRecord:
     traffic: dict[str, int]
     uids: tuple[str, ...] = ()
     lost: int = 0
+    data: int | None = None
+
+    @property
+    def why(self) -> str:
+        """Why a skipped update was."""
+        return "spike" if math.isfinite(self.grad_norm) else "not finite"
 
     def read(self) -> dict[str, object]:
         """The line, waiting for the loss."""
@@ -57,7 +65,9 @@ class StepRecord:
         if self.lost:
             line["lost_samples"] = self.lost
         if self.skipped:
-            line |= {"skipped": True, "uids": list(self.uids)}
+            line |= {"skipped": True, "why": self.why, "uids": list(self.uids)}
+        if self.data is not None:
+            line["data_step"] = self.data
         return line
 
 

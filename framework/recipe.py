@@ -95,7 +95,7 @@ class TrainConfig:
     """steps: optimizer steps. trainable: shell patterns on names of parameters that are trained; empty = everything, or
     with `lora.rank` the adapters alone, which are trained in any case. deterministic: only kernels with a fixed order
     of summation. collect_garbage_every: steps between Python's garbage collections, which are otherwise off.
-    max_bad_steps: updates skipped in a row (norm not finite) before the run stops.
+    max_bad_steps: updates skipped in a row (`guard`) before the run goes back, or stops.
     """
 
     steps: int = 1000
@@ -108,6 +108,31 @@ class TrainConfig:
         for name in ("steps", "collect_garbage_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What is done about bad updates. One whose gradient norm isn't finite is always skipped.
+
+    spike: skip also where the norm, before clipping, is above `spike` times the median of the last `window` good ones;
+    0 = off. rollbacks: train.max_bad_steps of them in a row go back to the newest checkpoint and pass over the data
+    since; so often without a new checkpoint, then the run stops. hash_every: steps between comparisons of the weights
+    that all tensor-parallel ranks hold alike, 0 = off; with tp=1 there are none.
+    """
+
+    spike: float = 0.0
+    window: int = 128
+    rollbacks: int = 2
+    hash_every: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.spike and not 1 < self.spike < float("inf"):
+            raise ValueError(f"guard.spike={self.spike} must be above 1 (times the median norm), or 0 for no limit")
+        if self.window < 1:
+            raise ValueError(f"guard.window={self.window} must be at least 1")
+        for name in ("rollbacks", "hash_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"guard.{name}={getattr(self, name)} must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -161,6 +186,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

@@ -52,6 +52,7 @@ FREE = (
     "data.cache.*",
     "data.bad_shards",
     "train.*",
+    "guard.*",
     "checkpoint.*",
     "validation.*",
     "sampler.*",
@@ -69,6 +70,10 @@ SNAPSHOT_PREFIX, COMMIT_FILE = "code-", "commit"  # of a copy of this package, l
 
 class RunFailure(RuntimeError):
     """A failure that one message explains: printed without a traceback, exit status 1."""
+
+
+class BadNumbers(RunFailure):
+    """Too many updates in a row were skipped, and going back didn't help."""
 
 
 @dataclass(frozen=True)

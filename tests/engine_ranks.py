@@ -20,6 +20,7 @@ from framework.models.layers import compute_dtype
 from framework.models.patchify import patchify
 from framework.parallel.collectives import gather_fragments
 from framework.parallel.config import MeshShape
+from framework.parallel.context_parallel.tokens import split_tokens
 from framework.parallel.fragments import ParameterShard
 from framework.parallel.mesh import Mesh, build_mesh, lone_mesh
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig
@@ -62,7 +63,8 @@ def open_engine(env: Environment, recipe_path: Path, overrides: list[str]) -> tu
 def backwards(recipe: Recipe, mesh: Mesh, engine: Engine, num_steps: int) -> Iterator[int]:
     """Forward and backward of steps; yields each step's number when its gradient is there."""
     streams = streams_of(recipe)
-    schedule = build.build_schedule(recipe, streams, build.bucket_meshes(recipe, mesh))
+    meshes = build.bucket_meshes(recipe, mesh)
+    schedule = build.build_schedule(recipe, streams, meshes)
     builder = build.build_builder(recipe, streams, build.Encoders(recipe), dropout=0.0)
     flow = build.build_flow(recipe)
     latents = [builder.latent_shape(b) for b in range(len(recipe.data.buckets))]
@@ -70,11 +72,12 @@ def backwards(recipe: Recipe, mesh: Mesh, engine: Engine, num_steps: int) -> Ite
         work = schedule[step]
         for index, micro in enumerate(work.micro_batches):
             batch = builder.build(micro, step=step)
-            tokens = patchify(flow.noise(batch, step=step), recipe.model.patch_size)
+            patches = patchify(flow.noise(batch, step=step), recipe.model.patch_size)
+            tokens = split_tokens(patches, meshes[batch.bucket])
             loss = flow.loss_sum(engine(tokens, batch.condition), tokens)
             count = flow.global_count(work.counts, latents, builder.channels)
             engine.backward(loss, global_count=count, last=index + 1 == work.num_micro)
-        del batch, tokens, loss  # with what they keep alive, for the tests of memory
+        del batch, patches, tokens, loss  # with what they keep alive, for the tests of memory
         yield step
 
 

@@ -37,7 +37,9 @@ torch.set_num_threads(1)
 
 @dataclass(frozen=True)
 class Death:
-    """Where a rank kills itself: before step `step` (from 0), or in the save after it, before it writes or commits."""
+    """Where a rank kills itself: before it takes the data of step `step` (from 0), or in the save after it, before it
+    writes or commits.
+    """
 
     step: int
     place: Literal["step", "write", "commit"] = "step"
@@ -66,7 +68,7 @@ def arrange(death: Death) -> None:
     saved = f"step-{death.step:08}"
     match death.place:
         case "step":
-            before(program, "optimizer_step", lambda parts, work: work.step == death.step)
+            before(program, "optimizer_step", lambda parts, work, **_: work.step == death.step)
         case "write":
             before(writer, "write_file", lambda store, name, *_: name.startswith(saved))
         case "commit":

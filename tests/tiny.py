@@ -5,7 +5,7 @@
 No video is decoded: `write_latents` writes what `cuboid encode` would have written.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ def write_latents(
     coefficients: int = COEFFICIENTS,
     prefix: str = "clip",
     part_size: int = 3,
-    poisoned: int | None = None,
+    poisoned: int | Collection[int] = (),
+    loud: Collection[int] = (),
 ) -> Path:
     """A directory of latent shards, one for every `part_size` samples; equal arguments give equal bytes.
 
-    The uid of sample i is "<prefix>i@0"; every other sample has two captions. poisoned: a sample whose
-    latents aren't numbers.
+    The uid of sample i is "<prefix>i@0"; every other sample has two captions. poisoned: samples whose latents aren't
+    numbers. loud: whose latents are a thousand times as large.
     """
     config = TokenizerConfig("dct", DctConfig(coefficients))
     latent = latent_shape(clip, tokenizer_strides(config))
@@ -51,8 +52,10 @@ def write_latents(
     ) as writer:
         for number in range(num_samples):
             latents = np.random.default_rng(number).standard_normal(shape).astype(np.float32)
-            if number == poisoned:
+            if number == poisoned or (not isinstance(poisoned, int) and number in poisoned):
                 latents[:] = np.nan
+            if number in loud:
+                latents *= 1000
             info = SampleInfo(f"{prefix}{number}@0", clip.frames, clip.height, clip.width, 24.0)
             captions = (Caption(f"clip number {number}"), Caption(f"number {number}", 0.5))[: 1 + number % 2]
             writer.write(info.uid, "made", [LatentSample(info, latents, captions)])

@@ -2,7 +2,8 @@
 
     STORE/run.json                whose store it is
           fence/0003.json         attempt 3 has claimed it: created by one client only
-          fence/0003-start.json   {"step": 400}: where it began
+          fence/0003-start.json   {"step": 400, "skipped": [[200, 3]]}: where it began, or went back to, and the data
+                                  that it leaves out (data/windows.py)
 
 An attempt claims before it looks for the newest checkpoint, and looks for newer claims before it commits. Between that
 look and the commit a newer attempt may claim, list the checkpoints and begin at an earlier one; the late commit is then
@@ -19,6 +20,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from framework.checkpoint.manifest import Entry
+from framework.data.windows import Windows
 from framework.storage.storage import Storage
 
 FENCE: Final = re.compile(r"fence/(\d{4,})\.json")
@@ -46,10 +48,13 @@ class Fence:
                 "more and stops"
             )
 
-    def begin(self, step: int) -> None:
-        """Put down that this attempt goes on from `step`. Raises TakenOver when a newer one has claimed the store."""
+    def begin(self, step: int, skipped: Windows = ()) -> None:
+        """Put down that this attempt goes on from `step` and which data it leaves out. Raises TakenOver when a newer
+        one has claimed the store.
+        """
         self.check()
-        self.storage.put(f"fence/{self.attempt:04}-start.json", json.dumps({"step": step}).encode())
+        start = json.dumps({"step": step, "skipped": skipped})
+        self.storage.put(f"fence/{self.attempt:04}-start.json", start.encode())
 
 
 def own(storage: Storage, identity: str, run: str) -> None:
@@ -90,6 +95,17 @@ def read_starts(storage: Storage, names: dict[str, int]) -> dict[int, int]:
     """Attempt -> step where it began, of the attempts that have put it down."""
     found = ((name, START.fullmatch(name)) for name in names)
     return {int(match[1]): int(json.loads(storage.read(name))["step"]) for name, match in found if match}
+
+
+def read_skipped(storage: Storage) -> Windows | None:
+    """The data that the newest attempt to begin leaves out: they may be more than its newest checkpoint knows. None
+    where none has begun, or put it down.
+    """
+    starts = {int(match[1]): name for name in storage.list("fence/") if (match := START.fullmatch(name))}
+    if not starts:
+        return None
+    found = json.loads(storage.read(starts[max(starts)])).get("skipped")
+    return None if found is None else tuple((int(at), int(length)) for at, length in found)
 
 
 def counts(entry: Entry, starts: dict[int, int]) -> bool:

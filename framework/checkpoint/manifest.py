@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import xxhash
 
+from framework.data.windows import Windows, data_step
 from framework.storage.storage import Storage
 
 MANIFEST = "manifest.json"
@@ -36,8 +37,9 @@ class DamagedCheckpoint(ValueError):
 class Progress:
     """Where a run is.
 
-    step: steps done, which with the recipe is the data position too. updates: those whose update wasn't skipped, which
-    is what Adam's bias correction counts. bad_steps: updates skipped in a row.
+    step: steps done, which with the recipe and what was left out is the data position too. updates: those whose update
+    wasn't skipped, which is what Adam's bias correction counts. bad_steps: updates skipped in a row. skipped: windows
+    of data that were left out. norms: of the last good updates' gradients, by which the next are judged.
     """
 
     step: int = 0
@@ -45,6 +47,13 @@ class Progress:
     tokens: int = 0
     updates: int = 0
     bad_steps: int = 0
+    skipped: Windows = ()
+    norms: tuple[float, ...] = ()
+
+    @property
+    def data_step(self) -> int:
+        """The data that the next step takes."""
+        return data_step(self.skipped, self.step)
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,13 @@ def decode_manifest(data: bytes, name: str) -> Manifest:
         raise DamagedCheckpoint(f"{name} doesn't agree with its own checksum")
     files = {file: StoredFile(value["size"], tuple(value["checksums"])) for file, value in fields["files"].items()}
     origin = Origin(**fields["origin"] | {"parents": tuple(fields["origin"]["parents"])})
-    return Manifest(**fields | {"progress": Progress(**fields["progress"]), "origin": origin, "files": files})
+    return Manifest(**fields | {"progress": progress_of(fields["progress"]), "origin": origin, "files": files})
+
+
+def progress_of(fields: dict[str, Any]) -> Progress:
+    """Progress from JSON; what an older release didn't write has its default."""
+    skipped = tuple((int(at), int(length)) for at, length in fields.get("skipped", ()))
+    return Progress(**fields | {"skipped": skipped, "norms": tuple(fields.get("norms", ()))})
 
 
 @dataclass(frozen=True, order=True)

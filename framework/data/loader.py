@@ -11,7 +11,7 @@ was consumed, never to them: a resumed run starts a new loader at its step.
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from framework.batch import Batch
@@ -31,13 +31,13 @@ class Closed(Exception):
 
 
 class Loader:
-    """The steps of a range and their batches, `prefetch` micro-batches ahead.
+    """Some steps and their batches, `prefetch` micro-batches ahead.
 
     waited: seconds that the loop has waited for them. lost: samples that this rank couldn't have.
     """
 
     def __init__(
-        self, reader: Reader, schedule: Schedule, *, channel: Channel, mover: Mover, steps: range, prefetch: int
+        self, reader: Reader, schedule: Schedule, *, channel: Channel, mover: Mover, steps: Iterable[int], prefetch: int
     ) -> None:
         self._reader, self._channel, self._mover = reader, channel, mover
         self._begun: queue.Queue[Work | Pending | BaseException] = queue.Queue(maxsize=prefetch)
@@ -82,7 +82,7 @@ class Loader:
             raise item
         return item
 
-    def _read(self, schedule: Schedule, steps: range) -> None:
+    def _read(self, schedule: Schedule, steps: Iterable[int]) -> None:
         """The first thread."""
         try:
             for item in self._reader.steps(schedule, steps, reads=self._channel.reads):

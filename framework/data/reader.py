@@ -7,7 +7,7 @@ in any case: what it holds isn't damaged.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -59,7 +59,9 @@ class Reader:
         self._streams, self._builder, self._store, self._bad_shards = streams, builder, store, bad_shards
         self._told: set[str] = set()
 
-    def steps(self, schedule: Schedule, steps: range, *, reads: Callable[[int], bool]) -> Iterator[Work | Pending]:
+    def steps(
+        self, schedule: Schedule, steps: Iterable[int], *, reads: Callable[[int], bool]
+    ) -> Iterator[Work | Pending]:
         """Each step and then its micro-batches, as they can be begun. reads: whether this rank reads a bucket.
 
         Raises OSError naming what can't be had.

@@ -2,7 +2,7 @@
 
 The product is that of a Hadamard matrix (Sylvester's, entries 1 and -1) with its transpose: H H^T = n I. Every product
 and every partial sum of it is an integer that bfloat16 operands and float32 sums hold exactly, and each of the n^2
-answers depends on n multiplications: one that goes wrong shows. Summing in any order or in powers of two gives the same.
+answers depends on n multiplications: one that goes wrong shows. Summing in any order gives the same.
 """
 
 import time

@@ -12,6 +12,7 @@ the script (its own srun is off), so what it says is what is submitted:
 
 import shlex
 import sys
+from typing import Any
 
 from framework.launch.config import ClusterConfig
 from framework.launch.job import Job
@@ -35,12 +36,12 @@ exec "$@" >>"$(printf '%s/rank-%05d.log' "$CUBOID_LOGS" "$RANK")" 2>&1
 """
 
 
-def sbatch_parameters(job: Job) -> dict[str, object]:
+def sbatch_parameters(job: Job) -> dict[str, Any]:
     """The job in submitit's names; what it has no name for stands in `additional_parameters`, and so does a range of
     nodes.
     """
     cluster, (fewest, most) = job.cluster, job.wanted
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "nodes": str(most) if fewest == most else f"{fewest}-{most}",
         "time": cluster.time,
         "requeue": True,

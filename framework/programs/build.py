@@ -30,6 +30,7 @@ from framework.data.schedule import Place, Schedule
 from framework.data.shards import write_json
 from framework.data.splits import resolve_degrees
 from framework.data.stream import ShardStore, is_local
+from framework.data.windows import Windows, data_steps
 from framework.data.workers import DecodePool
 from framework.diffusion.flow import Flow
 from framework.environment import Environment
@@ -192,12 +193,14 @@ def open_run(
     return run, Fence(storage, run.attempt)
 
 
-def begin(fence: Fence, step: int, group: Group) -> None:
-    """Put down where this attempt goes on. A collective; raises RunFailure on every rank when that can't be done."""
+def begin(fence: Fence, step: int, group: Group, *, skipped: Windows = ()) -> None:
+    """Put down where this attempt goes on, and which data it leaves out. A collective; raises RunFailure on every rank
+    when that can't be done.
+    """
     failure: str | None = None
     if group.index == 0:
         try:
-            fence.begin(step)
+            fence.begin(step, skipped)
         except OSError as error:
             failure = str(error)
     if (failure := shared_failure(failure, group)) is not None:
@@ -325,9 +328,18 @@ def build_channel(builder: BatchBuilder, meshes: list[Mesh]) -> Channel:
 
 
 def build_loader(
-    recipe: Recipe, streams: list[Stream], builder: BatchBuilder, schedule: Schedule, *, meshes: list[Mesh], start: int
+    recipe: Recipe,
+    streams: list[Stream],
+    builder: BatchBuilder,
+    schedule: Schedule,
+    *,
+    meshes: list[Mesh],
+    start: int,
+    skipped: Windows = (),
 ) -> Loader:
-    """The batches from step `start`. meshes: of each bucket. A collective over the world."""
+    """The batches from step `start`, without the data in `skipped`. meshes: of each bucket. A collective over the
+    world.
+    """
     data, channel = recipe.data, build_channel(builder, meshes)
     reads = any(channel.reads(bucket) for bucket in range(len(data.buckets)))
     hosts = gather_objects((socket.gethostname(), reads), meshes[0].control)
@@ -343,7 +355,7 @@ def build_loader(
         schedule,
         channel=channel,
         mover=Mover(this_device()),
-        steps=range(start, recipe.train.steps),
+        steps=data_steps(skipped, range(start, recipe.train.steps)),
         prefetch=data.prefetch,
     )
 

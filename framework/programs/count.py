@@ -15,7 +15,8 @@ from framework.parallel.mesh import Mesh
 from framework.parallel.zero.meter import CollectiveMeter, own_traffic
 from framework.plan.traffic import Ledger, MicroShape
 from framework.programs import build
-from framework.programs.train import build_parts, optimizer_step
+from framework.programs.parts import build_parts
+from framework.programs.train import optimizer_step
 from framework.recipe import Recipe, resolve_auto
 
 WARMUP = 3  # steps until every engine is in its stride

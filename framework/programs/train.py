@@ -1,28 +1,21 @@
 """`cuboid train`, on one rank: the loop."""
 
 import gc
+import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from fractions import Fraction
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from framework.batch import Batch, Noised, Tokens
 from framework.checkpoint.find import store_of
-from framework.checkpoint.local import local_directory
-from framework.checkpoint.manifest import Origin, Progress
-from framework.checkpoint.resume import Resumed, resume
+from framework.checkpoint.manifest import Progress
 from framework.checkpoint.save import Saver
-from framework.checkpoint.writer import Subject
-from framework.data.buckets import Stream, streams_of
-from framework.data.loader import Loader
-from framework.data.schedule import Schedule, Work
+from framework.data.buckets import streams_of
+from framework.data.schedule import Work
 from framework.ema import Ema
 from framework.environment import Environment, StopFlag
 from framework.heartbeat import Heart, process_began
@@ -30,61 +23,21 @@ from framework.log import ProgressReport
 from framework.metrics import MetricsWriter, StepRecord, open_metrics
 from framework.models.patchify import patchify
 from framework.optim import learning_rate
-from framework.parallel.collectives import all_reduce_sum, barrier, gather_objects
+from framework.parallel.collectives import all_reduce_sum, barrier
 from framework.parallel.context_parallel.tokens import split_tokens
-from framework.parallel.fragments import ParameterShard
-from framework.parallel.mesh import Mesh
-from framework.parallel.zero.engine import Engine, StepStats
+from framework.parallel.mesh import Mesh, set_patience
+from framework.parallel.zero.engine import StepStats
 from framework.plan.parameters import elements_of, parameter_shapes
 from framework.plan.zero_traffic import engine_traffic
 from framework.programs import build
+from framework.programs.guard import Ended, ReplicaCheck, check_rollbacks, norm_limit, suspects_of, with_norm
 from framework.programs.observe import Observer
+from framework.programs.opening import Opened, build_subject, load
+from framework.programs.parts import Parts, build_parts
 from framework.programs.watch import Watch, agreed_signal
-from framework.recipe import Recipe, bucket_tokens, resolve_auto
-from framework.run import Resolved, Run, RunFailure, Verdict, recipe_hash, versions
-from framework.shapes import LatentShape
+from framework.recipe import resolve_auto
+from framework.run import Resolved, Run, RunFailure, Verdict
 from framework.stacks import dump_on_signal
-
-
-class Objective(Protocol):
-    """What the loop needs of the objective (diffusion/flow.py)."""
-
-    def noise(self, batch: Batch, *, step: int) -> Noised: ...
-
-    def loss_sum(self, prediction_bsq: Tensor, tokens: Tokens, /) -> Tensor: ...
-
-    def global_count(self, counts: Sequence[float], latents: Sequence[LatentShape], channels: int, /) -> float: ...
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the loop works with. meshes: as each bucket sees the mesh. expected: samples of each bucket in a step, on
-    average.
-    """
-
-    recipe: Recipe
-    mesh: Mesh
-    meshes: list[Mesh]
-    engine: Engine
-    ema: Ema
-    flow: Objective
-    schedule: Schedule
-    loader: Loader
-    latents: list[LatentShape]
-    num_tokens: list[int]
-    expected: tuple[float, ...]
-
-    def global_count(self, work: Work) -> float:
-        """What the gradient of the step's sum of losses is divided by: a pure function of the schedule."""
-        return self._count(work.counts if self.recipe.loss.weight == "per_step" else self.expected)
-
-    def own_count(self, work: Work) -> float:
-        """What the step's sum of losses is divided by to be a mean."""
-        return self._count(work.counts)
-
-    def _count(self, counts: Sequence[float]) -> float:
-        model = self.recipe.model
-        return self.flow.global_count(counts, self.latents, model.out_channels or model.in_channels)
 
 
 def train(invocation: Resolved, env: Environment, heart: Heart | None = None, stop: StopFlag | None = None) -> Verdict:
@@ -103,43 +56,80 @@ def train(invocation: Resolved, env: Environment, heart: Heart | None = None, st
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
     ema = Ema(engine.fragments(), recipe.ema)
-    fragments = [*engine.fragments(), *ema.fragments()]
-    heart.enter("load")
-    near = local_directory(recipe.checkpoint.local, storage) if recipe.checkpoint.local else None
-    resumed = resume(storage, fragments, mesh.control, fall_back=recipe.resume.fall_back, near=near)
-    notes = list(invocation.notes)
-    if resumed is None:
-        build.initialise(fragments, recipe)
-        notes += build.take_weights(fragments, recipe, shards, mesh.control)
-        ema.restart()
-    else:
-        notes += resumed.notes
-    progress = Progress() if resumed is None else resumed.found.manifest.progress
-    heart.resumed(progress.step, last=recipe.train.steps)
-    if progress.step >= recipe.train.steps:
-        notes.append(f"the run {recipe.run} is finished: {progress.step} of {recipe.train.steps} steps are done")
-    engine.refresh(updates=progress.updates)
-    build.begin(fence, progress.step, mesh.control)
     streams = streams_of(recipe)
-    identity = build.agree_on_data(recipe, streams, mesh.control)
-    if resumed is not None:
-        build.check_same_data(recipe, resumed.found.manifest.origin.data, identity)
-    subject = build_subject(recipe, mesh, shards, run, resumed, data=identity)
-    saver = Saver(storage, recipe.checkpoint, mesh, fence=fence, subject=subject, fragments=fragments)
-    encoders = build.Encoders(recipe, build.this_device())
-    parts = build_parts(recipe, mesh, engine, streams=streams, ema=ema, encoders=encoders, start=progress.step)
+    opened = Opened(
+        recipe=recipe,
+        mesh=mesh,
+        storage=storage,
+        run=run,
+        fence=fence,
+        shards=shards,
+        engine=engine,
+        ema=ema,
+        fragments=[*engine.fragments(), *ema.fragments()],
+        streams=streams,
+        encoders=build.Encoders(recipe, build.this_device()),
+        data=build.agree_on_data(recipe, streams, mesh.control),
+        notes=invocation.notes,
+    )
     build.describe_data(recipe, streams, mesh, run)
+    ended = go_on(opened, None, heart=heart, stop=stop)
+    while ended.bad:
+        check_rollbacks(ended, recipe.guard, recipe.train)
+        ended = go_on(opened, ended, heart=heart, stop=stop)
+    progress, stopped = ended.progress, ended.signal
+    verdict = Verdict("stopped" if stopped else "done", progress.step, stopped)
+    if mesh.rank == 0:
+        run.write_verdict(verdict)
+    barrier(mesh.control)
+    return verdict
+
+
+def go_on(opened: Opened, before: Ended | None, *, heart: Heart, stop: StopFlag) -> Ended:
+    """Train on from the newest checkpoint, or from the initial weights. before: how the steps ended that are gone back
+    from.
+    """
+    recipe, mesh, run = opened.recipe, opened.mesh, opened.run
+    heart.enter("load")
+    set_patience(recipe.watch.start)
+    loaded = load(opened, before)
+    progress = loaded.progress
+    heart.resumed(progress.step, last=recipe.train.steps)
+    subject = build_subject(opened, loaded.resumed)
+    saver = Saver(
+        opened.storage, recipe.checkpoint, mesh, fence=opened.fence, subject=subject, fragments=opened.fragments
+    )
+    engine, ema, encoders, streams = opened.engine, opened.ema, opened.encoders, opened.streams
+    parts = build_parts(
+        recipe,
+        mesh,
+        engine,
+        streams=streams,
+        ema=ema,
+        encoders=encoders,
+        start=progress.step,
+        skipped=progress.skipped,
+    )
     flow = build.build_flow(recipe)
     observer = Observer(recipe, mesh, run, flow=flow, engine=engine, ema=ema, encoders=encoders, streams=streams)
+    replicas = ReplicaCheck(engine.fragments(), mesh, every=recipe.guard.hash_every)
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
-    for text in (*notes, *start_lines(parts, progress, run)):
+    for text in (*loaded.notes, *(start_lines(parts, progress, run) if before is None else ())):
         report.say(text)
     metrics = open_metrics(recipe, run, start=progress.step, writes=mesh.rank == 0)
     watch = Watch(heart, recipe.watch, mesh, saver, build.this_device())
     heart.enter("first_step")
     try:
-        progress, stopped = loop(
-            parts, progress, saver, observer=observer, metrics=metrics, report=report, stop=stop, watch=watch
+        return loop(
+            parts,
+            progress,
+            saver,
+            observer=observer,
+            replicas=replicas,
+            metrics=metrics,
+            report=report,
+            stop=stop,
+            watch=watch,
         )
     except ValueError as error:
         # The user's mistakes are found before the loop; what is raised inside needs its traceback.
@@ -150,11 +140,6 @@ def train(invocation: Resolved, env: Environment, heart: Heart | None = None, st
         parts.loader.close()
         report.close()
         metrics.close()
-    verdict = Verdict("stopped" if stopped else "done", progress.step, stopped)
-    if mesh.rank == 0:
-        run.write_verdict(verdict)
-    barrier(mesh.control)
-    return verdict
 
 
 def loop(
@@ -163,13 +148,14 @@ def loop(
     saver: Saver,
     *,
     observer: Observer,
+    replicas: ReplicaCheck,
     metrics: MetricsWriter,
     report: ProgressReport,
     stop: StopFlag,
     watch: Watch,
-) -> tuple[Progress, int | None]:
-    """The steps. Returns where it ended and the signal that ended it, if one did."""
-    recipe, last = parts.recipe, parts.recipe.train.steps
+) -> Ended:
+    """The steps."""
+    recipe, last, saved = parts.recipe, parts.recipe.train.steps, progress.step
     pending: StepRecord | None = None
     stopped = agreed_signal(stop, parts.mesh) if progress.step < last else None  # at once: there is nothing to save
     gc.disable()
@@ -180,27 +166,22 @@ def loop(
         agreement = all_reduce_sum(asked, parts.mesh.control, "stop")
         begin, waited = time.perf_counter(), parts.loader.waited
         work = parts.loader.next_work()
-        assert work.step == progress.step
-        loss_sum, stats, suspects = optimizer_step(parts, work)
-        progress = advance(progress, work, parts.num_tokens, stats)
-        reduction = all_reduce_sum(loss_sum, parts.mesh.world, "loss")
+        assert work.step == progress.data_step
+        limit = norm_limit(recipe.guard, progress.norms)
+        loss_sum, stats, suspects = optimizer_step(parts, work, step=progress.step, limit=limit)
+        progress = advance(progress, work, parts, stats)
         agreement.wait()
         signalled, failed, lost = asked.tolist()
         if pending is not None:
             publish(metrics, report, pending)
-        pending = StepRecord(
-            step=progress.step,
+        pending = record_of(
+            parts,
+            progress.step,
+            work,
+            stats,
             loss_sum=loss_sum,
-            work=reduction,
-            count=parts.own_count(work),
-            grad_norm=stats.grad_norm,
-            lr=learning_rate(recipe.optimizer, step=work.step),
-            tokens=step_tokens(work, parts.num_tokens),
-            samples=work.num_samples,
             seconds=time.perf_counter() - begin,
             data_wait=parts.loader.waited - waited,
-            skipped=stats.skipped,
-            traffic=traffic(parts.mesh),
             uids=suspects,
             lost=lost,
         )
@@ -211,19 +192,25 @@ def loop(
             saver.wait()
             raise RunFailure("another rank couldn't save")
         stopped = (stop.signal or signal.SIGTERM) if signalled and progress.step < last else None
-        saves = progress.step % recipe.checkpoint.every == 0 or progress.step == last or stopped is not None
+        # One that falls due among bad updates waits for a good one: nothing is new before.
+        due = progress.step // recipe.checkpoint.every > saved // recipe.checkpoint.every and not progress.bad_steps
+        saves = due or progress.step == last or stopped is not None
         fails = progress.bad_steps >= recipe.train.max_bad_steps
-        if saves or fails or observer.is_due(progress.step):
+        if saves or fails or observer.is_due(progress.step) or replicas.is_due(progress.step):
             publish(metrics, report, pending)
             pending = None
+        replicas.check(progress.step)
         if fails:
-            raise RunFailure(f"up to step {progress.step}, {progress.bad_steps} updates in a row had no finite norm")
+            with watch.during("save"):
+                saver.wait()
+            return Ended(progress, None, saved, bad=True)
         if observer.is_due(progress.step):
             with watch.during("observe"):
                 observer.observe(progress.step, metrics, report)
         if saves:
             with watch.during("save"):
                 saver.save(progress)
+            saved = progress.step
         if progress.step % recipe.train.collect_garbage_every == 0:
             gc.collect()
     watch.end()
@@ -231,40 +218,22 @@ def loop(
     watch.end()
     for text in saver.report():
         report.say(text)
-    return progress, stopped
+    return Ended(progress, stopped, saved)
 
 
-def build_subject(
-    recipe: Recipe, mesh: Mesh, shards: list[ParameterShard], run: Run, resumed: Resumed | None, *, data: str
-) -> Subject:
-    """What the checkpoints of this attempt say of themselves."""
-    parents = (recipe.init_from,) if recipe.init_from else ()
-    origin = Origin(
-        attempt=run.attempt,
-        mesh=asdict(mesh.shape),
-        engine=recipe.zero.engine,
-        zero_stage=recipe.zero.stage,
-        precision=recipe.precision.parameters,
-        recipe=recipe_hash(recipe),
-        data=data,
-        versions=versions(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        parents=parents if resumed is None else (resumed.found.entry.folder,),
-    )
-    configs = {"model": asdict(recipe.model), "lora": asdict(recipe.lora)}
-    return Subject(origin, configs, shards, known=None if resumed is None else resumed.frozen)
-
-
-def optimizer_step(parts: Parts, work: Work) -> tuple[Tensor, StepStats, tuple[str, ...]]:
+def optimizer_step(
+    parts: Parts, work: Work, *, step: int | None = None, limit: float = math.inf
+) -> tuple[Tensor, StepStats, tuple[str, ...]]:
     """One step over its micro-batches: this rank's loss sum, the statistics, and of a skipped update the samples that
-    may have caused it.
+    may have caused it. step: the training step, where it isn't the data's. limit: the largest norm of an update.
     """
+    step = work.step if step is None else step
     losses = accumulate(parts, work)
-    stats = parts.engine.step(lr=learning_rate(parts.recipe.optimizer, step=work.step))
+    stats = parts.engine.step(lr=learning_rate(parts.recipe.optimizer, step=step), limit=limit)
     loss_sum = torch.stack([loss for loss, _ in losses]).sum()
     if stats.skipped:
         return loss_sum, stats, suspects_of(losses, parts.mesh)
-    parts.ema.update(step=work.step)
+    parts.ema.update(step=step)
     return loss_sum, stats, ()
 
 
@@ -280,56 +249,48 @@ def accumulate(parts: Parts, work: Work) -> list[tuple[Tensor, tuple[str, ...]]]
     return losses
 
 
-def suspects_of(losses: list[tuple[Tensor, tuple[str, ...]]], mesh: Mesh) -> tuple[str, ...]:
-    """The samples of all ranks whose loss isn't finite; every sample of the step where all losses are. A collective:
-    the gradient's norm is global, so all ranks skip together.
-    """
-    here = [(bool(torch.isfinite(loss)), [uid for uid in uids if uid]) for loss, uids in losses]
-    everywhere = [item for rank in gather_objects(here, mesh.control) for item in rank]
-    bad = [uid for finite, uids in everywhere if not finite for uid in uids]
-    return tuple(sorted(bad or [uid for _, uids in everywhere for uid in uids]))
-
-
-def build_parts(
-    recipe: Recipe,
-    mesh: Mesh,
-    engine: Engine,
+def record_of(
+    parts: Parts,
+    step: int,
+    work: Work,
+    stats: StepStats,
     *,
-    streams: list[Stream],
-    ema: Ema,
-    encoders: build.Encoders,
-    start: int,
-) -> Parts:
-    """Data, objective and order for the loop."""
-    meshes = build.bucket_meshes(recipe, mesh)
-    schedule = build.build_schedule(recipe, streams, meshes)
-    reads = any(each.replica.index == 0 for each in meshes)
-    workers = recipe.data.workers if reads else 0
-    builder = build.build_builder(recipe, streams, encoders, dropout=recipe.text.dropout, workers=workers)
-    return Parts(
-        recipe=recipe,
-        mesh=mesh,
-        meshes=meshes,
-        engine=engine,
-        ema=ema,
-        flow=build.build_flow(recipe),
-        schedule=schedule,
-        loader=build.build_loader(recipe, streams, builder, schedule, meshes=meshes, start=start),
-        latents=[builder.latent_shape(index) for index in range(len(recipe.data.buckets))],
-        num_tokens=[bucket_tokens(recipe, index).num_tokens for index in range(len(recipe.data.buckets))],
-        expected=schedule.batches.expected(recipe.data.rounds),
+    loss_sum: Tensor,
+    seconds: float,
+    data_wait: float,
+    uids: tuple[str, ...],
+    lost: int,
+) -> StepRecord:
+    """What is written of a step. step: steps done with it. loss_sum: of this rank; the sum over all is begun here."""
+    return StepRecord(
+        step=step,
+        loss_sum=loss_sum,
+        work=all_reduce_sum(loss_sum, parts.mesh.world, "loss"),
+        count=parts.own_count(work),
+        grad_norm=stats.grad_norm,
+        lr=learning_rate(parts.recipe.optimizer, step=step - 1),
+        tokens=step_tokens(work, parts.num_tokens),
+        samples=work.num_samples,
+        seconds=seconds,
+        data_wait=data_wait,
+        skipped=stats.skipped,
+        traffic=traffic(parts.mesh),
+        uids=uids,
+        lost=lost,
+        data=None if work.step == step - 1 else work.step,
     )
 
 
-def advance(progress: Progress, work: Work, num_tokens: list[int], stats: StepStats) -> Progress:
+def advance(progress: Progress, work: Work, parts: Parts, stats: StepStats) -> Progress:
     """The progress after a step."""
     return replace(
         progress,
         step=progress.step + 1,
         updates=progress.updates + (not stats.skipped),
         samples=progress.samples + work.num_samples,
-        tokens=progress.tokens + step_tokens(work, num_tokens),
+        tokens=progress.tokens + step_tokens(work, parts.num_tokens),
         bad_steps=progress.bad_steps + 1 if stats.skipped else 0,
+        norms=with_norm(parts.recipe.guard, progress.norms, stats),
     )
 
 
@@ -357,7 +318,8 @@ def publish(metrics: MetricsWriter, report: ProgressReport, record: StepRecord) 
         tokens_per_second=record.tokens / record.seconds,
     )
     if record.skipped:
-        report.say(f"step {record.step}: gradient norm not finite, update skipped; samples {', '.join(record.uids)}")
+        why = "not finite" if record.why == "not finite" else f"{record.grad_norm:.4g} is a spike"
+        report.say(f"step {record.step}: gradient norm {why}, update skipped; samples {', '.join(record.uids)}")
 
 
 def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
@@ -368,7 +330,7 @@ def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
         f"{size} x {bucket.name} = {size * tokens} tokens"
         for bucket, tokens, size in zip(recipe.data.buckets, parts.num_tokens, sizes, strict=True)
     )
-    num_micro = parts.schedule[progress.step].num_micro
+    num_micro = parts.schedule[progress.data_step].num_micro
     zero = engine_traffic(recipe, shape, parts.mesh.rank, num_micro)
     where = f"resumes after step {progress.step}" if progress.step else "starts"
     parameters = parameter_shapes(recipe.model, lora=recipe.lora, trainable=recipe.train.trainable)

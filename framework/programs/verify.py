@@ -35,7 +35,8 @@ from framework.parallel.collectives import gather_fragments, gather_objects, sum
 from framework.parallel.config import resolve_mesh
 from framework.parallel.mesh import close_mesh
 from framework.programs import build
-from framework.programs.train import Objective, Parts, accumulate, build_parts
+from framework.programs.parts import Objective, Parts, build_parts
+from framework.programs.train import accumulate
 from framework.recipe import Recipe
 
 HEAD = "proj_out.weight"

@@ -65,7 +65,7 @@ def test_a_line_waits_for_its_loss() -> None:
         "data_wait": 0.0,
         "traffic": {"zero": 3},
     }
-    assert record(2, skipped=True).read() == line | {"skipped": True, "uids": ["a", "b"]}
+    assert record(2, skipped=True).read() == line | {"skipped": True, "why": "spike", "uids": ["a", "b"]}
 
 
 def test_lines_are_there_as_they_are_written(tmp_path: Path) -> None:

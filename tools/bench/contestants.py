@@ -35,7 +35,8 @@ from framework.optim import adamw, learning_rate
 from framework.parallel.mesh import Mesh
 from framework.parallel.zero.deepspeed import deepspeed_config
 from framework.programs import build
-from framework.programs.train import Parts, optimizer_step
+from framework.programs.parts import Parts
+from framework.programs.train import optimizer_step
 from framework.recipe import Recipe, bucket_tokens
 
 Step = Callable[[int], tuple[Tensor, float]]  # number of the step -> the step's mean loss, gradient norm

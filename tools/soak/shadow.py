@@ -127,7 +127,8 @@ def scan(objects: Objects) -> Scan:
             if sizes.get(path) != stored["size"]:
                 raise Violation(f"{folder} is committed, {path} has {sizes.get(path)} bytes, not {stored['size']}")
         progress = manifest["progress"]
-        if progress != {"step": step, "samples": 4 * step, "tokens": 100 * step, "updates": step, "bad_steps": 0}:
+        done = {"step": step, "samples": 4 * step, "tokens": 100 * step, "updates": step}
+        if progress != done | {"bad_steps": 0, "skipped": [], "norms": []}:
             raise Violation(f"{folder} has the progress {progress}")
         manifests[step, attempt] = manifest
     others = [name for name in sizes if not FOLDER.fullmatch(name)]

@@ -21,10 +21,12 @@ import logging
 import math
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from torch import Tensor, nn
 
 from framework.batch import Condition, Tokens
@@ -89,6 +91,52 @@ class Frozen:
     parameter: nn.Parameter
 
 
+class NormGate:
+    """Shows DeepSpeed's optimizer a gradient norm above `limit` as infinite, where it takes the norm: it then skips the
+    update and clears the gradients as it does for any norm that isn't finite. All-reduced, the norm has the same bits
+    on every rank, and so has the decision.
+
+    above: the norm itself, where it was above the limit.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.limit = math.inf
+        self.above: float | None = None
+        if isinstance(optimizer, BF16_Optimizer):
+            self._gradients, self._mpu = optimizer.get_grads_for_norm, optimizer.mpu
+            optimizer.get_grads_for_norm = self._judged_gradients
+        elif hasattr(optimizer, "scaled_global_norm"):  # stages 1 and 2
+            self._norm = optimizer.scaled_global_norm
+            optimizer.scaled_global_norm = self._judged_norm
+        else:
+            self._groups = optimizer._get_norm_groups
+            optimizer._get_norm_groups = self._judged_groups
+
+    def _is_above(self, norm: Tensor) -> bool:
+        value = float(norm)
+        self.above = value if self.limit < value < math.inf else None
+        return self.above is not None
+
+    def _judged_norm(self) -> Tensor:
+        norm: Tensor = self._norm()
+        return torch.full_like(norm, math.inf) if self._is_above(norm) else norm
+
+    def _judged_groups(self) -> list[Tensor]:
+        norms: list[Tensor] = self._groups()
+        return [torch.full_like(norms[0], math.inf)] if self._is_above(combine_grad_norm_groups(norms)) else norms
+
+    def _judged_gradients(self, for_clipping: bool = False) -> Any:
+        """BF16_Optimizer takes its norm in a function: with a limit it is computed once more, and where it is above it
+        the gradients are shown as infinite.
+        """
+        found = self._gradients(for_clipping)
+        if for_clipping or self.limit == math.inf:
+            return found
+        gradients, experts = found
+        above = self._is_above(get_global_norm_of_tensors(gradients, mpu=self._mpu))
+        return ([torch.full_like(gradients[0], math.inf)], experts) if above else found
+
+
 class DeepSpeedEngine:
     """`Engine` by DeepSpeed."""
 
@@ -96,6 +144,7 @@ class DeepSpeedEngine:
         self._engine = engine
         self._optimizer = optimizer
         self._zero = zero
+        self._gate = NormGate(engine.optimizer)
         self._dtype: torch.dtype = next(engine.module.parameters()).dtype
         self._pieces: list[Piece] = []
         self._frozen: list[Frozen] = []
@@ -123,11 +172,12 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss_sum * (self._zero.size / global_count))
 
-    def step(self, *, lr: float) -> StepStats:
+    def step(self, *, lr: float, limit: float = math.inf) -> StepStats:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        self._gate.limit, self._gate.above = limit, None
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
+        norm = float(self._engine.get_global_grad_norm()) if self._gate.above is None else self._gate.above
         return StepStats(grad_norm=norm, skipped=bool(self._engine.optimizer.overflow))
 
     def fragments(self) -> list[Fragment]:

@@ -4,6 +4,7 @@ The gradient is d(global mean loss)/d(global tensor). Engines average over the z
 scales the local sum by  size(zero) / global_count,  once, here and nowhere else.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,9 @@ from framework.parallel.fragments import Fragment
 
 @dataclass(frozen=True)
 class StepStats:
-    """grad_norm: global, before clipping. skipped: the norm wasn't finite and no weight was touched."""
+    """grad_norm: global, before clipping. skipped: the norm wasn't finite, or above the limit, and no weight was
+    touched.
+    """
 
     grad_norm: float
     skipped: bool
@@ -35,8 +38,10 @@ class Engine(Protocol):
         """Accumulate the gradient of loss_sum / global_count; `last` marks the step's last micro-batch."""
         ...
 
-    def step(self, *, lr: float) -> StepStats:
-        """Clip, update, clear the gradients. Skips the update when the gradient's norm isn't finite."""
+    def step(self, *, lr: float, limit: float = math.inf) -> StepStats:
+        """Clip, update, clear the gradients. Skips the update, on all ranks alike, when the gradient's norm before
+        clipping isn't finite or is above the limit.
+        """
         ...
 
     def fragments(self) -> list[Fragment]:

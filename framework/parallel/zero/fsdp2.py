@@ -19,6 +19,7 @@ gathered in its computing dtype just before it runs, and what is in no block aro
   what is added stay in the default's dtypes.
 """
 
+import math
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -93,12 +94,12 @@ class Fsdp2Engine:
         self._module.set_reshard_after_backward(last or not self._keeps_parameters)
         (loss_sum * (self._groups.zero.size / global_count)).backward()
 
-    def step(self, *, lr: float) -> StepStats:
+    def step(self, *, lr: float, limit: float = math.inf) -> StepStats:
         held = self._held_gradients()
         norm = self._gradient_norm(held)
         value = float(norm)
-        finite = value < float("inf")  # False for NaN too
-        if finite:
+        good = value < math.inf and value <= limit  # False for NaN too
+        if good:
             if self._clip and held:
                 scale = torch.clamp(self._clip / (norm + 1e-6), max=1.0)
                 torch._foreach_mul_([gradient for _, gradient in held], scale)
@@ -111,7 +112,7 @@ class Fsdp2Engine:
             piece.master.grad = None
         # Also of parameters of which this rank has no row: theirs are views of their group's whole buffer.
         self._as_module().zero_grad()
-        return StepStats(grad_norm=value, skipped=not finite)
+        return StepStats(grad_norm=value, skipped=not good)
 
     def fragments(self) -> list[Fragment]:
         made = []
