@@ -33,7 +33,7 @@ def test_a_run_that_restarts_and_is_cancelled(lab: Lab, tmp_path: Path, capsys: 
     assert sum(account.parts.values()) == pytest.approx(account.wall)
     assert account.num_steps >= 12 and account.parts["steps"] > 0
     (restart,) = account.restarts
-    assert 0 < restart.seconds < account.wall and restart.lost > 0
+    assert 0 < restart.seconds < account.wall and restart.lost >= 0
 
     app(["status", "--runs", str(tmp_path)], standalone_mode=False)
     (line,) = capsys.readouterr().out.splitlines()[1:]

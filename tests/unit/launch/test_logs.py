@@ -105,7 +105,7 @@ def test_following_one_attempt_stays_there(tmp_path: Path) -> None:
 
 def follow(run: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "framework.cli", "logs", str(run), "-f"]
-    environment = os.environ | {"SLURM_CONF": "/nowhere"}  # where there is a Slurm, it doesn't know the job
+    environment = os.environ | {"PATH": str(run)}  # where there is a Slurm, it doesn't know the job
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
