@@ -23,7 +23,8 @@ from framework.launch.node_checks import GB, Checked, check_node
 from framework.run import write_atomically
 
 LOOPBACK: Final = "127.0.0.1"
-GPU_BYTES, CPU_BYTES = 1 << 28, 1 << 22
+GPU_BYTES = 1 << 28
+CPU_BYTES = 1 << 22
 TIMED = 5
 PERIOD = 7  # of the summed values
 GOODBYE = 5.0  # seconds for all to be done before the first of them ends
