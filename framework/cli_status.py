@@ -59,13 +59,15 @@ def logs(
         raise ValueError(f"--rank {rank} must be at least 0")
     if supervisor and attempt is not None:
         raise ValueError("--supervisor is the log of a job, --attempt is for a rank's: give one of them")
-    scheduler, looked = find_scheduler(), 0.0
+    scheduler, due = find_scheduler(), 0.0
     over = is_ended(read_facts(run, now(), scheduler), attempt)  # and refuses what is no run
 
     def is_over() -> bool:
-        nonlocal looked, over
-        if time.monotonic() - looked > 2.0 and not over:
-            looked, over = time.monotonic(), is_ended(read_facts(run, now(), scheduler), attempt)
+        nonlocal due, over
+        if time.monotonic() > due and not over:
+            begin = time.monotonic()
+            over = is_ended(read_facts(run, now(), scheduler), attempt)
+            due = time.monotonic() + max(2.0, 10 * (time.monotonic() - begin))  # a scheduler may take long to fail
         return over
 
     request = LogRequest(None if supervisor else rank, attempt)

@@ -14,7 +14,6 @@ from framework.launch.sweep import read_sweep
 from framework.recipe import load_recipe
 from framework.run import resolve_invocation
 
-
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 

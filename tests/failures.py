@@ -1,8 +1,8 @@
 """Every kind of failure, on a real Slurm, with ranks that train nothing: each ends in the state that slurm/README.md
 says, and no step is lost or done twice beyond what was saved.
 
-Each is a function of a lab and a folder, on nodes of its own: tests/slurm/test_failures.py runs several at once, as most
-of their time is waiting.
+Each is a function of a lab and a folder, on nodes of its own: tests/slurm/test_failures.py runs several at once, as
+most of their time is waiting.
 """
 
 import signal
@@ -260,7 +260,8 @@ def zombies_commit_nothing(lab: Lab, folder: Path) -> None:
 
 def bad_node_is_excluded_and_remembered(lab: Lab, folder: Path) -> None:
     bad = folder / "bad"  # the node that is first to look
-    command = f"mkdir {folder}/first 2>/dev/null && hostname >{bad}; sleep 0.2; grep -vqx $(hostname) {bad} || (echo no GPU; exit 1)"
+    command = f"mkdir {folder}/first 2>/dev/null && hostname >{bad}; sleep 0.2; "
+    command += f"grep -vqx $(hostname) {bad} || (echo no GPU; exit 1)"
     run = light_run(lab, folder, {"steps": 12}, health=HealthConfig(level="basic", disk=0.0, command=command))
     run.submit()
     assert run.wait_finished(90).outcome == "done"

@@ -225,15 +225,17 @@ def usual_seconds(attempts: Sequence[Attempt]) -> dict[int, float | None]:
 
 
 def counted_steps(attempt: Attempt, later: Sequence[Attempt]) -> int:
-    """Steps of an attempt that no later one did again."""
+    """Steps of an attempt that no later one did again. Where a later one went on, or the verdict, counts more than the
+    last heartbeat, which may be a second old.
+    """
     if attempt.beat is None:
         return 0
     last = attempt.beat.step
     points = [step for other in later if (step := other.resumed) is not None]
     if points:
-        last = min(last, *points)
+        last = min(points)
     elif attempt.verdict is not None:
-        last = min(last, attempt.verdict.step)
+        last = attempt.verdict.step
     elif not attempt.works:
         last = min(last, max(attempt.beat.saved, attempt.beat.resumed))
     return max(0, last - attempt.beat.resumed)
@@ -255,8 +257,9 @@ def charge(ledger: Ledger, attempt: Attempt, counted: int, *, usual: dict[int, f
         ordinary = min(first, usual[attempt.number] or 0.0)
         ledger.spend(first - ordinary, "first_step", end=end)
         stepping += ordinary
-        ledger.spend(stepping * counted / done, "steps", end=end)
-        ledger.spend(stepping * (done - counted) / done, "lost", end=end)
+        kept = min(1.0, counted / done)
+        ledger.spend(stepping * kept, "steps", end=end)
+        ledger.spend(stepping * (1 - kept), "lost", end=end)
     else:
         ledger.spend(first, "first_step", end=end)
     # What it was doing when it last gave a sign, and since.

@@ -32,11 +32,24 @@ def cancel(facts: Facts, scheduler: Scheduler) -> Iterator[str]:
             yield "  what takes longer than the scheduler's KillWait is cut off; then the checkpoint before it counts"
         return
     if facts.holder is not None:
-        os.kill(facts.holder, signal.SIGTERM)
-        yield f"process {facts.holder} of this machine holds {facts.path}; it was sent SIGTERM"
+        launcher = launcher_of(facts.holder)
+        os.kill(launcher or facts.holder, signal.SIGTERM)
+        by = f"process {launcher}, which started it," if launcher else "it"
+        yield f"process {facts.holder} of this machine holds {facts.path}; {by} was sent SIGTERM"
         yield "  its ranks finish their step, save and end; the same command resumes"
         return
     raise ValueError(f"nothing to cancel: {nothing(facts.path, facts)}")
+
+
+def launcher_of(process: int) -> int | None:
+    """The `cuboid` command that started a rank and passes signals on to all of them; None where something else did."""
+    try:
+        parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        words = Path(f"/proc/{parent}/cmdline").read_text().split("\0")
+    except OSError:
+        return None
+    is_ours = words[1:3] == ["-m", "framework.cli"] or (len(words) > 1 and Path(words[1]).name == "cuboid")
+    return parent if is_ours else None
 
 
 def nothing(path: Path, facts: Facts) -> str:

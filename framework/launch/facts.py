@@ -4,7 +4,6 @@ A run that was started by hand, without a scheduler, has no history: there the l
 lives, to those on its machine; to others its heartbeat does.
 """
 
-import json
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from framework.heartbeat import STARTING, Heartbeat, read_heartbeat
 from framework.history import Event, History
 from framework.launch.account import Attempt
 from framework.launch.queue import OVER, JobState, Scheduler
-from framework.run import Run, Verdict, is_run
+from framework.run import Run, is_run, read_verdict
 
 QUIET: Final = 60.0  # seconds without a sign, and SILENT_STEPS usual steps, before a run is called silent
 SILENT_STEPS: Final = 10
@@ -76,9 +75,8 @@ def read_attempts(path: Path) -> list[Attempt]:
     found = []
     for number in sorted(int(p.name) for p in (path / "attempts").glob("*") if p.name.isdecimal()):
         run = Run(path, number)
-        file, verdict, closed = run.attempt_path / "verdict.json", None, None
-        if file.is_file():
-            verdict, closed = Verdict(**json.loads(file.read_text())), file.stat().st_mtime
+        verdict = read_verdict(run)
+        closed = None if verdict is None else (run.attempt_path / "verdict.json").stat().st_mtime
         found.append(Attempt(number, read_heartbeat(run), verdict, closed))
     return found
 

@@ -21,16 +21,14 @@ class LogRequest:
 
 
 def log_files(run: Path, request: LogRequest) -> list[Path]:
-    """What is there, oldest first. The scheduler's step and the ranks themselves write rank-7.log, others
-    rank-00007.log.
-    """
+    """What is there, oldest first. A supervisor's ranks write rank-00007.log, those of a start by hand rank-7.log."""
     if request.rank is None:
         found = (run / JOBS).glob("*/*.log")  # jobs/0001/4242.log: the second submission, which is job 4242
         return sorted((path for path in found if path.is_file()), key=lambda path: (path.parent.name, path.name))
     folders = sorted(path for path in (run / "attempts").glob("*") if path.name.isdecimal())
     if request.attempt is not None:
         folders = [path for path in folders if int(path.name) == request.attempt]
-    names = (f"rank-{request.rank}.log", f"rank-{request.rank:05}.log")
+    names = (f"rank-{request.rank:05}.log", f"rank-{request.rank}.log")
     return [path for folder in folders for name in names if (path := folder / "logs" / name).is_file()]
 
 
@@ -45,17 +43,18 @@ def check_request(run: Path, request: LogRequest) -> None:
         there = f"it has {', '.join(map(str, attempts))}" if attempts else "it has none yet"
         raise ValueError(f"--attempt {request.attempt}: {run} has no such attempt; {there}")
     names = {path.stem.removeprefix("rank-") for path in (run / "attempts").glob("*/logs/rank-*.log")}
-    ranks = sorted(int(name) for name in names if name.isdecimal())
-    there = f"those of the ranks {ranks[0]} to {ranks[-1]} are there" if ranks else "no rank has written one"
+    ranks = sorted({int(name) for name in names if name.isdecimal()})
+    there = f"there are logs of {len(ranks)} ranks, {ranks[0]} to {ranks[-1]}" if ranks else "no rank has written one"
     hint = "; rank 0 of a run that was started by hand writes to its terminal" if request.rank == 0 else ""
     raise ValueError(f"{run} has no log of rank {request.rank}: {there}{hint}")
 
 
 def print_log(run: Path, request: LogRequest) -> Iterator[str]:
-    """The lines of the newest log that a request means."""
+    """The lines of the newest attempt, or job, that a request means."""
     files = log_files(run, request)
-    if files:
-        yield from Tail(files[-1]).rest()
+    for path in files:
+        if path.parent == files[-1].parent:
+            yield from Tail(path).rest()
 
 
 def follow_log(run: Path, request: LogRequest, *, is_over: Callable[[], bool], every: float = EVERY) -> Iterator[str]:

@@ -61,7 +61,7 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
     if status.nodes:
         ranks = f", {status.ranks} ranks" if status.ranks is not None else ""
         yield "nodes", f"{' '.join(status.nodes)}{ranks}"
-    if status.tokens_per_second is not None:
+    if status.tokens_per_second is not None and status.silence is not None:  # of a run that runs
         each = f", {status.usual:.3g} s a step" if status.usual is not None else ""
         yield "speed", f"{status.tokens_per_second:,.0f} tokens/s{each}"
     if status.loss is not None:

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 from framework.run import RunFailure
 
-TIMEOUT: Final = 15.0  # seconds for an answer
+TIMEOUT: Final = 10.0  # seconds for an answer
 GONE: Final = "GONE"  # a job that the scheduler doesn't know any more: ended for some minutes
 # States from which a job doesn't come back by itself.
 OVER: Final = frozenset(

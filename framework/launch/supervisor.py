@@ -2,8 +2,9 @@
 
     nodes -> health checks -> claim an attempt -> srun, a task a rank -> watch -> how it ended -> what follows
 
-What follows a failure is another attempt on the nodes that are left, spare ones included, without a wait in the queue;
-the queue only where too few are left, or where failures repeat. Everything that happens goes into RUN/jobs/history.jsonl.
+What follows a failure is another attempt on the nodes that are left, spare ones included, without a wait in the
+queue; the queue only where too few are left, or where failures repeat. Everything that happens goes into
+RUN/jobs/history.jsonl.
 """
 
 import signal
@@ -11,7 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
+from typing import Final
 
 from framework.checkpoint.attempt import claim_attempt
 from framework.environment import Allocation, read_allocation
@@ -34,7 +36,7 @@ from framework.run import Run, latest_attempt, read_verdict
 from framework.storage.storage import open_storage
 
 MOMENT = 3.0  # seconds
-STATUS = {"done": 0, "cancelled": 143}
+STATUS: Final = MappingProxyType({"done": 0, "cancelled": 143})
 
 
 class Told:
@@ -124,7 +126,7 @@ class Supervisor:
         (fewest, most), ranks, mesh = self.job.nodes, self.job.cluster.ranks_per_node, self.job.mesh
         if len(healthy) < fewest:
             return None
-        count = usable_nodes(len(healthy), ranks, mesh, range(fewest, most + 1))
+        count = usable_nodes(len(healthy), ranks, mesh, range(fewest, most + 1), splits=self.job.splits)
         span = -(-mesh.ring * mesh.ulysses * mesh.tp // ranks)
         return tuple(order_hosts(healthy, nodes_per_replica=span)[:count])
 

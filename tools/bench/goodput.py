@@ -107,7 +107,10 @@ def simulate(times: Times, m: float, tau: float, *, failures: int, seed: int) ->
 
 def measured(run: Path, now: float) -> tuple[Times, Account, list[str]]:
     """The times of a run, and lines that say what they were measured on. Raises ValueError where it never saved."""
-    status = status_of(read_facts(run, now))
+    facts = read_facts(run, now)
+    status = status_of(facts)
+    # Where a person starts each attempt, what lies between them is no restart's time.
+    skipped = () if facts.launched else ("between", "queue")
     account, every = status.account, recipe_of_run(run).checkpoint.every
     saves = max(account.num_steps // every, 1 if account.parts["save"] else 0)
     if not saves:
@@ -118,11 +121,12 @@ def measured(run: Path, now: float) -> tuple[Times, Account, list[str]]:
         found = replace(
             found,
             detect=mean(restart.detect for restart in account.restarts),
-            restart=mean(restart.seconds for restart in account.restarts),
+            restart=mean(r.seconds - sum(r.parts[part] for part in skipped) for r in account.restarts),
         )
         for part in account.restarts[0].parts:
             seconds = mean(restart.parts[part] for restart in account.restarts)
-            lines.append(f"  {part:12} {seconds:8.2f} s a restart")
+            note = ", a person's, not counted" if part in skipped and seconds else ""
+            lines.append(f"  {part:12} {seconds:8.2f} s a restart{note}")
     else:
         lines.append("  no restart: detection and restart as given")
     return found, account, lines
@@ -185,7 +189,8 @@ def main() -> None:
     given = {name: getattr(words, name) for name in Times.__dataclass_fields__ if getattr(words, name) is not None}
     times = replace(times, **given)
     points = parse_points(words.mttf) if words.mttf else PUBLISHED
-    print(f"times: {times} ({origin}{', ' + ', '.join(given) + ' as given' if given else ''})")
+    shown = ", ".join(f"{name} {getattr(times, name):.3g} s" for name in Times.__dataclass_fields__)
+    print(f"times: {shown} ({origin}{', ' + ', '.join(given) + ' as given' if given else ''})")
     source = "as given" if words.mttf else "arXiv 2410.21680"
     print(f"MTTF: {', '.join(f'{gpus} GPUs {hours:g} h' for gpus, hours in points)} ({source}), between them log-log")
     print("failures: Poisson, any one ends the attempt; the same number of GPUs goes on")
@@ -195,8 +200,8 @@ def main() -> None:
         print(f"  {gpus:6} GPUs: MTTF {m / 3600:8.2f} h, save every {tau:7.0f} s, {effective(times, m, tau):.2%}")
     over_restart = [(gpus, curve(times, "restart", RESTARTS, mttf(gpus, points))) for gpus in SIZES]
     over_stall = [(gpus, curve(times, "stall", STALLS, mttf(gpus, points))) for gpus in SIZES]
-    table(f"effective training time, %, by restart time in s (stall {times.stall:g} s)", RESTARTS, over_restart)
-    table(f"effective training time, %, by stall of a save in s (restart {times.restart:g} s)", STALLS, over_stall)
+    table(f"effective training time, %, by restart time in s (stall {times.stall:.3g} s)", RESTARTS, over_restart)
+    table(f"effective training time, %, by stall of a save in s (restart {times.restart:.3g} s)", STALLS, over_stall)
     print("\nformula against drawn failures:")
     print("\n".join(check(times, list(SIZES), points, words.failures)))
     if words.csv is not None:

@@ -65,6 +65,14 @@ def test_a_later_attempt_may_go_back_further() -> None:
     assert parts(found)["steps"] == 100
 
 
+def test_a_heartbeat_may_be_older_than_a_checkpoint() -> None:
+    """The next attempt goes on at 135, five steps beyond what the first was seen to do: all of its seconds count."""
+    second = replace(RUNS, resumed=135, step=137)
+    found = account([*LAUNCHED, *RESTARTED], [Attempt(0, DIED), Attempt(1, second, alive=True)], now=1621.0)
+    assert found.num_steps == 137
+    assert parts(found)["lost"] == 1  # the step in which it died
+
+
 def test_an_attempt_that_came_not_so_far_tells_nothing() -> None:
     """It died while importing, before it knew where it goes on."""
     second = replace(RUNS, resumed=0, step=0, last=0, phase="import", since=1511.0, time=1512.0, seconds={})

@@ -99,6 +99,26 @@ def test_a_run_that_a_process_holds(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert again.stderr == f"error: nothing to cancel: no job and no process of this machine holds {path}\n"
 
 
+LAUNCHES = """
+import signal, subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+signal.signal(signal.SIGTERM, lambda number, frame: rank.send_signal(number))
+sys.exit(rank.wait() or 7)
+"""
+
+
+def test_the_launcher_of_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It passes the signal on to all its ranks. Here a file by the command's name starts one."""
+    path = write_run(tmp_path / "run", [], [DIED])
+    (tmp_path / "cuboid").write_text(LAUNCHES)
+    command = [sys.executable, str(tmp_path / "cuboid"), HOLDS, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        call("cancel", str(path))
+        assert f"process {process.pid}, which started it, was sent SIGTERM" in capsys.readouterr().out
+        assert process.wait(timeout=10) == 7
+
+
 def test_the_verbs_with_slurms_commands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

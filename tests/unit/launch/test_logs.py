@@ -1,5 +1,6 @@
 """Logs of ranks and supervisors, on into what comes next."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -26,11 +27,12 @@ def write_log(run: Path, attempt: int, name: str, text: str) -> None:
 def test_the_newest_log_is_printed(tmp_path: Path) -> None:
     for attempt, text in ((0, "old\n"), (1, "new\ncut off")):
         write_log(tmp_path, attempt, "rank-0.log", text)
+    write_log(tmp_path, 1, "rank-7.log", "eight\n")
     write_log(tmp_path, 1, "rank-00007.log", "seven\n")
     (tmp_path / "attempts/0002").mkdir()  # which has none yet
     assert list(print_log(tmp_path, LogRequest())) == ["new", "cut off"]
     assert list(print_log(tmp_path, LogRequest(attempt=0))) == ["old"]
-    assert list(print_log(tmp_path, LogRequest(rank=7))) == ["seven"]
+    assert list(print_log(tmp_path, LogRequest(rank=7))) == ["seven", "eight"]
 
 
 def test_the_supervisors_log(tmp_path: Path) -> None:
@@ -46,9 +48,9 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     for request, message in (
         (
             LogRequest(0),
-            "no log of rank 0: those of the ranks 1 to 3 are there; rank 0 of a run that was started by hand",
+            "no log of rank 0: there are logs of 2 ranks, 1 to 3; rank 0 of a run that was started by hand",
         ),
-        (LogRequest(7), "no log of rank 7: those of the ranks 1 to 3 are there$"),
+        (LogRequest(7), "no log of rank 7: there are logs of 2 ranks, 1 to 3$"),
         (LogRequest(1, attempt=4), "--attempt 4: .* has no such attempt; it has 0$"),
         (LogRequest(None), "no supervisor's log"),
     ):
@@ -103,7 +105,8 @@ def test_following_one_attempt_stays_there(tmp_path: Path) -> None:
 
 def follow(run: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "framework.cli", "logs", str(run), "-f"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"PATH": str(run)}  # where there is a Slurm, it doesn't know the job
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_the_verb_follows_until_the_run_ends_or_ctrl_c(tmp_path: Path) -> None:
