@@ -14,6 +14,7 @@ import yaml
 from slurm_lab import Lab
 from tiny import write_latents, write_recipe
 
+from framework.heartbeat import read_heartbeat
 from framework.history import Event, History
 from framework.run import Run, Verdict, read_verdict
 
@@ -114,6 +115,9 @@ def preempted_run_equals_the_local_one(lab: Lab, folder: Path) -> None:
     stopped = verdict(run, 0)
     assert 20 <= stopped.step < 200 and events(run, "ended")[0].time - told < 3 * 2 + 2
     assert losses(run) == losses(local) and len(losses(run)) == 200
+    beat = read_heartbeat(Run(run, 1))
+    assert beat is not None and beat.resumed == stopped.step
+    assert sum(beat.seconds[phase] for phase in ("init", "build", "first_step")) < 3 * 5
     status = json.loads(desk.cuboid("status", str(run), "--json"))
     assert status["state"] == "DONE"
     text = desk.cuboid("status", str(run))
@@ -161,7 +165,7 @@ def planted_nan(lab: Lab, folder: Path) -> None:
     assert not any(line.get("skipped") for line in metrics(rolls))
     passed_over = metrics(rolls)[-1]["data_step"] - 8
     assert passed_over > 0
-    assert "rolled back" in (rolls / "attempts" / "0000" / "logs" / "rank-00000.log").read_text()
+    assert "back from step" in (rolls / "attempts" / "0000" / "logs" / "rank-00000.log").read_text()
 
 
 SCENARIOS: Final = MappingProxyType(

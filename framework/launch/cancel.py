@@ -23,13 +23,18 @@ def cancel(facts: Facts, scheduler: Scheduler) -> Iterator[str]:
             )
         if known.state in OVER:
             raise ValueError(f"nothing to cancel: job {job} of {facts.path} is over ({known.state})")
+        again = any(event.event == "cancelled" and event.job == job for event in facts.events)
         History(facts.path).add(Event("cancelled", now(), job=job))
-        scheduler.cancel(job)
         if known.state == "PENDING" or newest is None or not newest.alive:
+            scheduler.cancel(job)
             yield f"job {job} is cancelled; no step was running, so nothing was to be saved"
+        elif again:
+            scheduler.cancel(job)
+            yield f"job {job} was asked before, and is ended now: what isn't saved within KillWait is lost"
         else:
+            scheduler.warn(job)
             yield f"job {job} is being cancelled: its ranks finish their step, save and end"
-            yield "  what takes longer than the scheduler's KillWait is cut off; then the checkpoint before it counts"
+            yield "  they have all the time that they need; `cuboid cancel` again ends it at once"
         return
     if facts.holder is not None:
         launcher = launcher_of(facts.holder)

@@ -42,6 +42,8 @@ class Scheduler(Protocol):
 
     def cancel(self, job_id: str) -> None: ...
 
+    def warn(self, job_id: str) -> None: ...
+
 
 class NoScheduler:
     """Of a machine that has none."""
@@ -55,6 +57,10 @@ class NoScheduler:
     def cancel(self, job_id: str) -> None:
         """Raises ValueError."""
         raise ValueError(f"job {job_id} can't be cancelled from here: there is no scancel on this machine")
+
+    def warn(self, job_id: str) -> None:
+        """Raises ValueError."""
+        self.cancel(job_id)
 
 
 class SlurmQueue:
@@ -81,12 +87,19 @@ class SlurmQueue:
             found.append(JobState(job, state, "" if reason == "None" else reason, nodes, name=name))
         return found
 
+    def warn(self, job_id: str) -> None:
+        """Send a job's ranks the signal that a preemption sends. Raises RunFailure where the scheduler won't."""
+        self._scancel("--signal=USR2", job_id)
+
     def cancel(self, job_id: str) -> None:
         """Raises RunFailure where the scheduler won't."""
-        done = ask("scancel", job_id)
+        self._scancel(job_id)
+
+    def _scancel(self, *words: str) -> None:
+        done = ask("scancel", *words)
         if done is None or done.returncode:
             said = "no answer" if done is None else done.stderr.strip()
-            raise RunFailure(f"scancel {job_id}: {said}")
+            raise RunFailure(f"scancel {' '.join(words)}: {said}")
 
 
 def find_scheduler() -> Scheduler:

@@ -83,7 +83,7 @@ class Supervisor:
         self.history.add(replace(self._event("started"), restart=self.allocation.restart, nodes=self.nodes))
         while True:
             hosts = self._hosts()
-            if self.told.yes:
+            if self.told.yes or self._is_cancelled():
                 return self._told_before_start()
             if hosts is None:
                 return self._requeue(Next("requeue", "retry", self._too_few()))
@@ -202,8 +202,10 @@ class Supervisor:
         return self._requeue(Next("requeue", "preempted", "told to end before ranks were started"))
 
     def _is_cancelled(self) -> bool:
-        """Whether this job was told to end, and doesn't come back by the scheduler's doing."""
-        return self.told.yes and not slurm.comes_back(self.allocation.job, self.allocation.restart)
+        """Whether a person has said so (`cuboid cancel`), or this job was told to end and isn't to come back."""
+        job, restart = self.allocation.job, self.allocation.restart
+        asked = any(event.event == "cancelled" and event.job == job for event in self.history.events())
+        return asked or (self.told.yes and not slurm.comes_back(job, restart))
 
     def _is_replaced(self) -> bool:
         """Whether this is what is left of a start whose node the scheduler holds for lost: nobody told it to end."""
