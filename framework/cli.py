@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from framework import cli_checkpoint, cli_cluster, cli_data, log
+from framework import cli_checkpoint, cli_cluster, cli_data, cli_status, cli_submit, log
 from framework.checkpoint.find import open_checkpoint
 from framework.environment import Environment, StopFlag, read_environment, visible_gpus
 from framework.failure import failure_of, write_failure
@@ -28,6 +28,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_cluster.app)
+app.add_typer(cli_submit.app)
+app.add_typer(cli_status.app)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set.")]
 
@@ -294,7 +296,7 @@ def fail(error: Exception, heart: Heart) -> int:
     failure = failure_of(error, rank=0 if env is None else env.rank, phase=beat.phase, step=beat.step)
     if env is not None and env.failures is not None:
         write_failure(env.failures, failure)
-    else:
+    if env is None or env.failures is None or env.attempt is not None:  # a launcher that claims keeps each rank's log
         log.error(failure.message)
     return failure.status
 

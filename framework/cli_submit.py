@@ -14,7 +14,10 @@ from framework.launch.sweep import read_sweep
 from framework.recipe import load_recipe
 from framework.run import resolve_invocation
 
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
+
+@app.command()
 def submit(
     recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set.")] = None,
@@ -49,5 +52,5 @@ def submit(
         log.line(line)
     if dry_run:
         return
-    for job, number in zip(jobs, submit_all(jobs), strict=True):
-        log.line(f"submitted {job.run} as job {number}; `cuboid status {job.run}` tells how it goes")
+    for job, job_id in zip(jobs, submit_all(jobs), strict=True):
+        log.line(f"submitted {job.run} as job {job_id}; `cuboid status {job.run}` tells how it goes")

@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +34,7 @@ RANK_DEFAULTS: Final[Mapping[str, str]] = MappingProxyType(
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what train.deterministic needs of cuBLAS
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Collectives that NCCL's flight recorder keeps (stacks.py), and its name before torch 2.9.
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",  # collectives that NCCL's flight recorder keeps (stacks.py)
     }
 )
 
@@ -162,6 +161,18 @@ def rank_variables(*, rank: int, world_size: int, port: int, failures: Path) -> 
     }
 
 
+def cache_places() -> dict[str, str]:
+    """Variable -> where what is compiled is kept, for those who don't set it too."""
+    user = os.environ.get("USER") or str(os.getuid())
+    home = os.path.expanduser("~")
+    places = {
+        "TRITON_CACHE_DIR": f"{home}/.triton/cache",
+        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{user}",
+        "TORCH_EXTENSIONS_DIR": f"{home}/.cache/torch_extensions",
+    }
+    return {name: os.environ.get(name, default) for name, default in places.items()}
+
+
 def worker_variables(folder: str) -> dict[str, str]:
     """The environment of a process that works for this one: one thread, and this one's modules. folder: where the
     package lies, should this process no longer have it on its path.
@@ -208,8 +219,8 @@ def gpu_capability() -> tuple[int, int] | None:
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2 (what schedulers send ahead of the end); the loop finishes its step, saves
-    and ends.
+    """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2 (what schedulers send ahead of the end); the loop finishes its step,
+    saves and ends.
     """
 
     def __init__(self) -> None:

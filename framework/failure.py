@@ -35,7 +35,7 @@ MEMORY_TEXT: Final = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|Defau
 # gloo's and the stores' errors are plain RuntimeErrors; a failure that quotes one is a consequence like it.
 PEER_TEXT: Final = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting \d+ms|\[[^\]]*gloo/transport|"
-    r"Socket Timeout|wait timeout after|Connection was likely closed|NCCL communicator was aborted|another rank couldn't"
+    r"Socket Timeout|wait timeout after|Connection was likely closed|NCCL communicator was aborted|another rank could"
 )
 # NCCL's own, which says that this rank's device failed, not that another one is gone.
 OWN_DEVICE: Final = re.compile(r"unhandled cuda error|Cuda failure")

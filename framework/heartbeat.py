@@ -1,6 +1,6 @@
 """What an attempt says of itself while it runs: RUN/attempts/0003/heartbeat.json, written by rank 0.
 
-One file is enough to see a hang: ranks wait for each other in every step, so when one stops, rank 0 stops within a step.
+One file is enough to see a hang: ranks wait for each other in every step, so when one stops, rank 0 stops within one.
 (A file a rank would be thousands of writes a second on a shared file system.) Which rank it is tell the stack dumps of
 all (`stacks/rank-00007.txt`, written on SIGUSR1) and each rank's own compute time, which rank 0 gathers now and then.
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from slurm_lab import Lab
+
 from framework.heartbeat import Heartbeat, read_heartbeat
 from framework.history import JOBS, Event, History
 from framework.launch.config import ClusterConfig, HealthConfig
@@ -18,7 +20,6 @@ from framework.launch.submit import submit_all
 from framework.parallel.config import MeshConfig
 from framework.programs.config import WatchConfig
 from framework.run import Run, Verdict, latest_attempt, read_verdict
-from slurm_lab import Lab
 
 REPOSITORY = Path(__file__).parent.parent
 RANK = Path(__file__).parent / "slurm" / "light_rank.py"
@@ -68,6 +69,20 @@ class LightRun:
 
     def beat(self) -> Heartbeat | None:
         return read_heartbeat(self.run)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The nodes of the newest attempt."""
+        hosts = self.last("launched").nodes
+        assert hosts is not None
+        return hosts
+
+    @property
+    def resumed(self) -> int:
+        """The step from which the newest attempt went on."""
+        beat = self.beat()
+        assert beat is not None
+        return beat.resumed
 
     def step(self) -> int:
         """Steps that the newest attempt has done; -1 before its first."""
@@ -133,7 +148,7 @@ def light_cluster(folder: Path, **changes: object) -> ClusterConfig:
         requeues=1,
         scratch=str(folder),
         nodes_file=str(folder / "nodes.json"),
-        sbatch={"partition": "low"},
+        sbatch={"partition": "low", "exclusive": ""},
         health=HealthConfig(level="off"),
     )
     return replace(cluster, **changes)  # type: ignore[arg-type]

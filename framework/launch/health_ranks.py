@@ -6,7 +6,7 @@ Bandwidth is that of the bus: an all-reduce of b bytes over n ranks in s seconds
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
@@ -14,15 +14,17 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from framework.environment import keep_after_failure, visible_gpus
 from framework.launch import device_checks
-from framework.launch.health import ACROSS, LOCAL, MEET, Draft, meet, open_meeting
-from framework.launch.node_checks import GB, Finding, check_node
+from framework.launch.health_draft import ACROSS, LOCAL, MEET, Draft, meet, open_meeting
+from framework.launch.node_checks import GB, Checked, check_node
 from framework.run import write_atomically
 
 LOOPBACK: Final = "127.0.0.1"
-GPU_BYTES, CPU_BYTES = 1 << 28, 1 << 22
+GPU_BYTES = 1 << 28
+CPU_BYTES = 1 << 22
 TIMED = 5
 PERIOD = 7  # of the summed values
 GOODBYE = 5.0  # seconds for all to be done before the first of them ends
@@ -35,7 +37,7 @@ class Ranks:
     """Some ranks that all-reduce together; this one is `index` of `count`."""
 
     name: str
-    store: dist.Store
+    store: Store
     index: int
     count: int
 
@@ -63,14 +65,14 @@ def check_ranks(folder: Path, draft: Draft) -> None:
     try:
         found = check_device(draft, device)
     except BROKEN as error:
-        found = Finding((first_line(error),))
+        found = Checked((first_line(error),))
     together = share(draft, local, "device", found)
     if together:
         draft.begin("the all-reduce within the node", LOCAL, blames=True)
         try:
             found = check_link(draft, local, device)
         except BROKEN as error:
-            found = Finding((f"all-reduce within the node: {first_line(error)}",))
+            found = Checked((f"all-reduce within the node: {first_line(error)}",))
         share(draft, local, "link", found)
     draft.write("local")
     members, port = join(draft, local, world)
@@ -93,12 +95,12 @@ def first_line(error: BaseException) -> str:
 # The stores, and what is said in them.
 
 
-def open_store(host: str, port: int, *, serves: bool) -> dist.TCPStore:
+def open_store(host: str, port: int, *, serves: bool) -> TCPStore:
     """serves: this process holds it, at any free port."""
-    return dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timedelta(seconds=30))
+    return TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timedelta(seconds=30))
 
 
-def open_local_store(folder: Path, draft: Draft) -> dist.TCPStore:
+def open_local_store(folder: Path, draft: Draft) -> TCPStore:
     """The node's own: its first process holds it, and tells the others the port through a file, which all of a node
     see at once on whatever file system.
     """
@@ -114,7 +116,7 @@ def open_local_store(folder: Path, draft: Draft) -> dist.TCPStore:
         time.sleep(0.05)
 
 
-def wait_for(store: dist.Store, key: str, until: float) -> bool:
+def wait_for(store: Store, key: str, until: float) -> bool:
     """Whether a key is there before time.monotonic is `until`."""
     try:
         store.wait([key], timedelta(seconds=max(0.05, until - time.monotonic())))
@@ -123,7 +125,7 @@ def wait_for(store: dist.Store, key: str, until: float) -> bool:
     return True
 
 
-def share(draft: Draft, local: dist.Store, what: str, found: Finding) -> bool:
+def share(draft: Draft, local: Store, what: str, found: Checked) -> bool:
     """Each rank of the node says what it found; the first one adds it up. Whether all came, to go on together."""
     place = draft.place
     local.set(f"{what}/{place.local_rank}", json.dumps(asdict(found)))
@@ -142,7 +144,7 @@ def share(draft: Draft, local: dist.Store, what: str, found: Finding) -> bool:
         seconds = draft.request.health.timeout * LOCAL
         of = "its device's checks" if what == "device" else "the all-reduce within the node"
         problems.append(f"local rank {', '.join(missing)}: no word after {of} within {seconds:.0f} s")
-    draft.add(Finding(tuple(problems), lowest))
+    draft.add(Checked(tuple(problems), lowest))
     local.set(f"{what}/all", "no" if missing else "yes")
     return not missing
 
@@ -150,11 +152,11 @@ def share(draft: Draft, local: dist.Store, what: str, found: Finding) -> bool:
 # A device by itself.
 
 
-def check_device(draft: Draft, device: torch.device) -> Finding:
+def check_device(draft: Draft, device: torch.device) -> Checked:
     """Its product, its speed and its free memory."""
     health, problems, numbers = draft.request.health, [], dict[str, float]()
     if device.type == "cpu" and (draft.request.gpus or visible_gpus()):
-        return Finding((f"torch {torch.__version__} sees no GPU, of {visible_gpus()} that the driver shows",))
+        return Checked((f"torch {torch.__version__} sees no GPU, of {visible_gpus()} that the driver shows",))
     free = device_checks.free_memory(device)
     if free is not None:
         numbers["gpu_free_gb"] = round(free, 1)
@@ -166,7 +168,7 @@ def check_device(draft: Draft, device: torch.device) -> Finding:
         problems.append(f"its matrix products are wrong: {product.wrong} of {product.total} elements, limit 0")
     if product.tflops < health.tflops:
         problems.append(f"{product.tflops:.4g} TFLOP/s, below tflops={health.tflops:g}")
-    return Finding(tuple(problems), numbers)
+    return Checked(tuple(problems), numbers)
 
 
 # Ranks together.
@@ -177,7 +179,7 @@ def enter(ranks: Ranks, device: torch.device, until: float) -> None:
     seconds = max(1.0, until - time.monotonic()) + (60.0 if device.type == "cuda" else 0.0)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(ranks.name, ranks.store),
+        store=PrefixStore(ranks.name, ranks.store),
         rank=ranks.index,
         world_size=ranks.count,
         timeout=timedelta(seconds=seconds),
@@ -211,17 +213,17 @@ def values(device: torch.device) -> Tensor:
     return torch.arange(size, device=device).remainder_(PERIOD).to(torch.float32)
 
 
-def all_reduce(device: torch.device, until: float, *, group: dist.ProcessGroup | None = None) -> Reduced:
-    """One whose result is checked, then some for the speed. Over the whole process group, or a part of it."""
-    index, count = dist.get_rank(group), dist.get_world_size(group)
+def all_reduce(device: torch.device, until: float) -> Reduced:
+    """One whose result is checked, then some for the speed."""
+    index, count = dist.get_rank(), dist.get_world_size()
     first = values(device)
     total = first + index
-    finish(dist.all_reduce(total, group=group, async_op=True), device, until)
+    finish(dist.all_reduce(total, async_op=True), device, until)
     wrong = int((total != first * count + count * (count - 1) // 2).sum())
     total.zero_()
     device_checks.synchronize(device)
     begin = time.perf_counter()
-    for work in [dist.all_reduce(total, group=group, async_op=True) for _ in range(TIMED)]:
+    for work in [dist.all_reduce(total, async_op=True) for _ in range(TIMED)]:
         finish(work, device, until)
     device_checks.synchronize(device)
     seconds = (time.perf_counter() - begin) / TIMED
@@ -229,7 +231,7 @@ def all_reduce(device: torch.device, until: float, *, group: dist.ProcessGroup |
     return Reduced(wrong, moved / seconds / GB if count > 1 else None)
 
 
-def check_link(draft: Draft, local: dist.Store, device: torch.device) -> Finding:
+def check_link(draft: Draft, local: Store, device: torch.device) -> Checked:
     """The node's own ranks."""
     place, limit = draft.place, draft.request.health.link
     enter(Ranks("link", local, place.local_rank, place.local_world), device, draft.until(LOCAL))
@@ -240,21 +242,23 @@ def check_link(draft: Draft, local: dist.Store, device: torch.device) -> Finding
         numbers["link_gbs"] = round(reduced.gbs, 4)
         if reduced.gbs < limit:
             problems = (*problems, f"all-reduce within the node: {reduced.gbs:.3g} GB/s, below link={limit:g}")
-    return Finding(problems, numbers)
+    return Checked(problems, numbers)
 
 
 # All nodes.
 
 
-def join(draft: Draft, local: dist.Store, world: dist.TCPStore | None) -> tuple[list[Member], int]:
+def join(draft: Draft, local: Store, world: TCPStore | None) -> tuple[list[Member], int]:
     """Who takes part across, by rank, and the port of the store; nobody where this node can't. The first rank decides
     who, when all nodes have met or the time for it is over.
     """
     place = draft.place
     if not place.leads:
         draft.begin("meeting the others", ACROSS, blames=False)
-        told = json.loads(local.get("join")) if wait_for(local, "join", draft.until(ACROSS)) else [[], 0]
-        return [Member(*each) for each in told[0]], told[1]
+        if not wait_for(local, "join", draft.until(ACROSS)):
+            return [], 0
+        told, port = json.loads(local.get("join"))
+        return [Member(*each) for each in told], port
     members, port = list[Member](), 0
     try:
         answer = meet(draft)
@@ -280,7 +284,7 @@ def join(draft: Draft, local: dist.Store, world: dist.TCPStore | None) -> tuple[
     return members, port
 
 
-def publish(draft: Draft, world: dist.TCPStore) -> None:
+def publish(draft: Draft, world: TCPStore) -> None:
     """The first rank: wait for every node, then say who takes part."""
     keys = [f"node/{node}" for node in draft.request.nodes]
     while not world.check(keys) and time.monotonic() < draft.until(MEET):
@@ -296,7 +300,7 @@ def publish(draft: Draft, world: dist.TCPStore) -> None:
 class PeerNodes:
     """What a rank needs to go across."""
 
-    store: dist.Store
+    store: Store
     members: list[Member]
     device: torch.device
 
@@ -309,7 +313,7 @@ class PeerNodes:
         return sum(member.count for member in self.members[:position]) + local_rank
 
 
-def go_across(draft: Draft, local: dist.Store, peers: PeerNodes) -> None:
+def go_across(draft: Draft, local: Store, peers: PeerNodes) -> None:
     """All-reduce over all members, exchange with the neighbours, say so, and leave when all have."""
     place = draft.place
     position = [member.node for member in peers.members].index(place.node)
@@ -320,12 +324,12 @@ def go_across(draft: Draft, local: dist.Store, peers: PeerNodes) -> None:
         index = peers.index(position, place.local_rank)
         enter(Ranks("across", peers.store, index, peers.count), peers.device, until)
         reduced = all_reduce(peers.device, until)
-        numbers = {} if reduced.gbs is None else {"network_gbs": round(reduced.gbs, 4)}
-        if len(peers.members) > 2:
-            numbers["pair_gbs"] = round(exchange(draft, peers, position, until), 4)
-        draft.add(Finding(numbers=numbers))
         for problem in reduced.problems("all-reduce across nodes"):
             draft.note(problem)
+        if reduced.gbs is not None:
+            draft.add(Checked(numbers={"network_gbs": round(reduced.gbs, 4)}))
+        if len(peers.members) > 2:
+            draft.add(Checked(numbers={"pair_gbs": round(exchange(draft, peers, position, until), 4)}))
         draft.write("done", ended=True)
     except BROKEN as error:
         draft.note(f"all-reduce across nodes: {first_line(error)}")
@@ -341,8 +345,8 @@ def go_across(draft: Draft, local: dist.Store, peers: PeerNodes) -> None:
 
 
 def exchange(draft: Draft, peers: PeerNodes, position: int, until: float) -> float:
-    """GB/s of this node with the better of its neighbours in the ring of members, all its ranks at once, each with its
-    counterpart. Links that share no node measure at the same time: every other one, and the last of an odd ring alone.
+    """GB/s each way of this node with the better of its neighbours in the ring of members, all its ranks at once, each
+    with its counterpart. Links that share no node measure at the same time: every other one, an odd ring's last apart.
     """
     rates, num_nodes, own = [0.0], len(peers.members), peers.members[position].count
     for colour in range(3 if num_nodes % 2 else 2):
@@ -353,8 +357,23 @@ def exchange(draft: Draft, peers: PeerNodes, position: int, until: float) -> flo
                 continue
             if peers.members[left].count != peers.members[right].count:
                 continue
-            pair = [peers.index(node, draft.place.local_rank) for node in (left, right)]
-            group = dist.new_group(sorted(pair), use_local_synchronization=True, timeout=None)
-            reduced = all_reduce(peers.device, until, group=group)
-            rates.append((reduced.gbs or 0.0) * own)
+            other = peers.index(left + right - position, draft.place.local_rank)
+            rates.append(swap(peers.device, other, until) * own)
     return max(rates)
+
+
+def swap(device: torch.device, other: int, until: float) -> float:
+    """GB/s each way with another rank."""
+    ours = values(device)
+    theirs = torch.empty_like(ours)
+    begin = time.perf_counter()
+    for attempt in range(1 + TIMED):
+        if attempt == 1:  # the first one connects
+            device_checks.synchronize(device)
+            begin = time.perf_counter()
+        both = [dist.P2POp(dist.isend, ours, other), dist.P2POp(dist.irecv, theirs, other)]
+        for work in dist.batch_isend_irecv(both):
+            finish(work, device, until)
+    device_checks.synchronize(device)
+    seconds = (time.perf_counter() - begin) / TIMED
+    return ours.numel() * ours.element_size() / seconds / GB

@@ -13,7 +13,8 @@ class Job:
 
     run: its directory, absolute. store: of its checkpoints ("" = RUN/checkpoints). folder: RUN/jobs/0000, this
     submission's own. code: the snapshot that ranks import. command: of a rank. nodes: fewest and most that ranks run on
-    (spare ones not counted). mesh: which numbers of ranks it allows. dependency, exclude: as sbatch takes them.
+    (spare ones not counted). mesh: which numbers of ranks it allows, with the buckets' own
+    (ring, ulysses), splits. dependency, exclude: as sbatch takes them.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Job:
     nodes: tuple[int, int]
     store: str = ""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    splits: tuple[tuple[int, int], ...] = ()
     watch: WatchConfig = field(default_factory=WatchConfig)
     dependency: str = ""
     exclude: tuple[str, ...] = ()

@@ -111,10 +111,12 @@ def explain(folder: Path, process: subprocess.Popen[bytes], rank: int, received:
     if len(received) > 1:
         error("stopped at once: nothing since the newest checkpoint is saved; the same command resumes there")
         return 128 + received[0]
-    if status < 0 and not received:
+    failure = first_failure(folder)
+    # NCCL ends a process by SIGABRT when another rank is gone; what that one said is the reason.
+    consequence = status == -signal.SIGABRT and failure is not None and failure.kind != "lost_peer"
+    if status < 0 and not received and not consequence:
         error(f"error: rank {rank} was killed by {signal.Signals(-status).name}; the same command resumes")
         return 1
-    failure = first_failure(folder)
     if failure is not None:
         error(failure.message)
         return failure.status

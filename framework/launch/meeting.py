@@ -29,7 +29,7 @@ class Answer:
 
 
 class Meeting(socketserver.ThreadingTCPServer):
-    """The first rank's part. store: told to those who ask; 0 = there is none."""
+    """The first rank's part. store: told to those who ask; 0 = there is none. nodes: those that have asked all."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -55,30 +55,33 @@ class Host(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         meeting = self.server
         assert isinstance(meeting, Meeting)
+        node = None
         try:
             for line in self.rfile:
                 answer = {"time": time.time(), "store": meeting.store}
-                meeting.nodes.add(str(json.loads(line)["node"]))
+                node = str(json.loads(line)["node"])
                 self.wfile.write(json.dumps(answer).encode() + b"\n")
         except (OSError, ValueError, KeyError, TypeError):
             return  # somebody else's knock
+        if node is not None:
+            meeting.nodes.add(node)
 
 
 def ask(address: tuple[str, int], node: str, deadline: float) -> Answer:
     """Meet the first rank, which may come later than this one. deadline: of time.monotonic. Raises OSError."""
     while True:
         try:
-            return exchange(address, node)
+            return exchange(address, node, min(ANSWER_SECONDS, max(0.1, deadline - time.monotonic())))
         except (OSError, ValueError, KeyError) as error:
             if time.monotonic() > deadline:
                 raise OSError(f"the first rank doesn't answer at {address[0]}:{address[1]}: {error}") from None
         time.sleep(0.2)
 
 
-def exchange(address: tuple[str, int], node: str) -> Answer:
-    """A few exchanges over one connection."""
+def exchange(address: tuple[str, int], node: str, timeout: float) -> Answer:
+    """A few exchanges over one connection. timeout: of each of them, and of the connection."""
     found: list[tuple[float, float]] = []
-    with socket.create_connection(address, timeout=ANSWER_SECONDS) as connection, connection.makefile("rwb") as file:
+    with socket.create_connection(address, timeout=timeout) as connection, connection.makefile("rwb") as file:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(EXCHANGES):
             before, begin = time.time(), time.perf_counter()

@@ -3,8 +3,8 @@
     node -> count (of its failures), reason (of the last), since, until (Unix seconds)
 
 A node is left out for `expiry` hours after its first failure and for twice as long after each further one, at most
-LONGEST: a node that fails again and again costs a job its start each time, one that was repaired comes back by itself. A
-count is forgotten when the node has been back for as long as it was last left out.
+LONGEST: a node that fails again and again costs a job its start each time, one that was repaired comes back by itself.
+A count is forgotten when the node has been back for as long as it was last left out.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ LONGEST = 30 * 24.0  # hours
 
 @dataclass(frozen=True)
 class BadNode:
-    """count: of its failures. reason: of the last. since, until: when it was last found bad, and when it's tried again."""
+    """count: of its failures. reason: of the last. since, until: when it was found bad, and when it's tried again."""
 
     node: str
     count: int

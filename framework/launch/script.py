@@ -12,6 +12,7 @@ the script (its own srun is off), so what it says is what is submitted:
 
 import shlex
 import sys
+from typing import Any
 
 from framework.launch.config import ClusterConfig
 from framework.launch.job import Job
@@ -35,12 +36,12 @@ exec "$@" >>"$(printf '%s/rank-%05d.log' "$CUBOID_LOGS" "$RANK")" 2>&1
 """
 
 
-def sbatch_parameters(job: Job) -> dict[str, object]:
+def sbatch_parameters(job: Job) -> dict[str, Any]:
     """The job in submitit's names; what it has no name for stands in `additional_parameters`, and so does a range of
     nodes.
     """
     cluster, (fewest, most) = job.cluster, job.wanted
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "nodes": str(most) if fewest == most else f"{fewest}-{most}",
         "time": cluster.time,
         "requeue": True,
@@ -61,20 +62,13 @@ def sbatch_parameters(job: Job) -> dict[str, object]:
         "nodes": most,
         "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_rank,
-        "gpus_per_node": gpus_of(cluster),
+        "gpus_per_node": cluster.gpus_per_node,
         "signal_delay_s": cluster.notice,
         "setup": [*cluster.setup, code],
         "use_srun": False,
         "wckey": None,
         "additional_parameters": options | {name: value or True for name, value in cluster.sbatch.items()},
     }
-
-
-def gpus_of(cluster: ClusterConfig) -> str | None:
-    """sbatch's --gpus-per-node."""
-    if not cluster.gpus:
-        return None
-    return f"{cluster.gpu_type}:{cluster.ranks_per_node}" if cluster.gpu_type else str(cluster.ranks_per_node)
 
 
 def script_of(job: Job) -> str:
@@ -96,8 +90,8 @@ def python_of(cluster: ClusterConfig) -> str:
 def srun_words(
     job: Job, hosts: tuple[str, ...], command: tuple[str, ...], *, tasks_a_node: int, tolerant: bool
 ) -> list[str]:
-    """`srun` of a command, `tasks_a_node` times on each of some hosts. tolerant: a task that fails, or a node that can't
-    be reached, doesn't end the others.
+    """`srun` of a command, `tasks_a_node` times on each of some hosts. tolerant: a task that fails, or a node that
+    can't be reached, doesn't end the others.
     """
     return [
         "srun",
@@ -105,6 +99,7 @@ def srun_words(
         f"--ntasks={len(hosts) * tasks_a_node}",
         f"--ntasks-per-node={tasks_a_node}",
         f"--cpus-per-task={job.cluster.cpus_per_rank}",
+        *([f"--gpus-per-node={gpus}"] if (gpus := job.cluster.gpus_per_node) else []),
         f"--nodelist={','.join(hosts)}",
         f"--kill-on-bad-exit={0 if tolerant else 1}",
         *(["--no-kill"] if tolerant else []),

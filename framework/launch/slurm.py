@@ -36,7 +36,7 @@ def fields_of_job(job: str) -> dict[str, str]:
 
 
 def comes_back(job: str, restart: int) -> bool:
-    """Whether the scheduler itself has put a job back into the queue that it is ending. restart: which start this is."""
+    """Whether a job that is being ended is in the queue again already. restart: which start of it this is."""
     return int(fields_of_job(job).get("Restarts", restart)) > restart
 
 
@@ -61,23 +61,18 @@ def gone_nodes(nodes: Sequence[str]) -> tuple[str, ...]:
 
 
 def requeue(job: str, exclude: Sequence[str]) -> None:
-    """Put this job back into the queue, without some nodes. The scheduler ends its batch script meanwhile: every process
-    of it gets SIGTERM at once, the one that does this too, which therefore ignores it. Raises OSError.
+    """Put this job back into the queue, without some nodes. The scheduler ends its batch script meanwhile: every
+    process of it gets SIGTERM at once, the one that does this too, which therefore ignores it. Raises OSError.
     """
     words = f"scontrol requeue {job}"
     if exclude:  # held, so that it can't start in between
-        nodes = ",".join(exclude)
-        words = f"scontrol requeuehold {job} && {{ scontrol update JobId={job} ExcNodeList={nodes}; scontrol release {job}; }}"
+        update = f"scontrol update JobId={job} ExcNodeList={','.join(exclude)}"
+        words = f"scontrol requeuehold {job} && {{ {update}; scontrol release {job}; }}"
     call(["bash", "-c", f"trap '' TERM; {words}"])
 
 
 def signal_step(job: str, step: str, name: str) -> None:
-    """Send a signal to every task of a step. Its status says nothing: an error is told of signals that were delivered."""
+    """Send a signal to every task of a step. The status says nothing: an error is told of signals that arrived too."""
     with suppress(subprocess.TimeoutExpired):
         words = ["scancel", f"--signal={name}", f"{job}.{step}"]
         subprocess.run(words, capture_output=True, timeout=SECONDS, check=False)
-
-
-def cancel(job: str) -> None:
-    """End a job. Raises OSError."""
-    call(["scancel", job])

@@ -13,10 +13,11 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Final
 
 from framework.run import COMMIT_FILE, SNAPSHOT_PREFIX, git_commit
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE: Final = Path(__file__).resolve().parent.parent
 
 
 def take_snapshot(into: Path) -> Path:

@@ -21,8 +21,8 @@ GRACE = 30.0  # seconds for srun to end once its tasks are killed
 
 @dataclass(frozen=True)
 class Step:
-    """A running step. client: its srun. hosts: in the order of the ranks, tasks_a_node on each. logs: where ranks print,
-    and srun. began: Unix seconds.
+    """A running step. client: its srun. hosts: in the order of the ranks, tasks_a_node on each. logs: where ranks
+    print, and srun. began: Unix seconds.
     """
 
     job: str

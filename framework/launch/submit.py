@@ -13,17 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from framework.history import JOBS, Event, History, now
-from framework.launch import slurm
 from framework.launch.check import check_data, check_start, check_store
 from framework.launch.config import ClusterConfig
 from framework.launch.job import Job
 from framework.launch.nodes import excluded, nodes_path
 from framework.launch.placement import check_placement
+from framework.launch.queue import OVER, find_scheduler
 from framework.launch.script import RANK_SCRIPT, python_of, sbatch_parameters, script_of
 from framework.launch.snapshot import take_snapshot
 from framework.launch.supervisor import supervise
 from framework.parallel.config import MeshShape, nearest_shapes, resolve_mesh
-from framework.recipe import Recipe, to_yaml
+from framework.recipe import Recipe, bucket_degrees, to_yaml
 from framework.run import CHECKPOINTS, Resolved, write_atomically
 
 
@@ -48,8 +48,8 @@ def node_range(nodes: str | None, recipe: Recipe, cluster: ClusterConfig) -> tup
         if world % ranks:
             near = "; ".join(str(m) for m in nearest_shapes(mesh, -(-world // ranks) * ranks))
             raise ValueError(
-                f"the mesh has {mesh.dp} * {mesh.ring} * {mesh.ulysses} * {mesh.tp} = {world} ranks, which aren't whole "
-                f"nodes of {ranks} ({cluster.name}); the nearest meshes that are: {near}"
+                f"the mesh has {mesh.dp} * {mesh.ring} * {mesh.ulysses} * {mesh.tp} = {world} ranks, which aren't "
+                f"whole nodes of {ranks} ({cluster.name}); the nearest meshes that are: {near}"
             )
         return world // ranks, world // ranks
     low, dash, high = nodes.partition("-")
@@ -111,6 +111,7 @@ def build_job(invocation: Resolved, cluster: ClusterConfig, request: Request) ->
         nodes=nodes,
         store=recipe.checkpoint.store or str(run / CHECKPOINTS),
         mesh=recipe.mesh,
+        splits=tuple(bucket_degrees(recipe, index) for index in range(len(recipe.data.buckets))),
         watch=recipe.watch,
         dependency=dependency_of(request.after),
         exclude=tuple(excluded(nodes_path(cluster), time.time())),
@@ -130,10 +131,10 @@ def summary(job: Job, recipe: Recipe) -> list[str]:
         f"nodes    {nodes} of {cluster.name}, {cluster.ranks_per_node} ranks each"
         + (f", and {spare} spare" if spare else ""),
         f"mesh     {meshes}; ZeRO stage {recipe.zero.stage} ({recipe.zero.engine})",
-        f"limits   {cluster.time} of time, told {cluster.notice} s ahead; start {watch.start:g} s, step {watch.step:g} s, "
-        f"save {watch.save:g} s",
-        f"failures {cluster.restarts} restarts on its nodes, then {cluster.requeues} times through the queue, without a "
-        "new checkpoint in between",
+        f"limits   {cluster.time} of time, told {cluster.notice} s ahead; without a sign of life: start "
+        f"{watch.start:g} s, step {watch.step:g} s, save {watch.save:g} s",
+        f"failures {cluster.restarts} restarts on its nodes, then {cluster.requeues} times through the queue, without "
+        "a new checkpoint in between",
         *([f"waits    for job {job.dependency.removeprefix('afterok:')}"] if job.dependency else []),
         *([f"without  {', '.join(job.exclude)}, found bad"] if job.exclude else []),
     ]
@@ -166,11 +167,9 @@ def dependency_of(after: Path | None) -> str:
 def check_free(run: Path) -> None:
     """Raises ValueError where a job of the run is queued or running."""
     submitted = next((event for event in reversed(History(run).events()) if event.event == "submitted"), None)
-    if submitted is None or submitted.job is None:
-        return
-    state = slurm.fields_of_job(submitted.job).get("JobState", "")
-    if state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"):
-        raise ValueError(f"the run {run} has a job already: {submitted.job}, {state}. `cuboid cancel {run}` ends it")
+    state = find_scheduler().job(submitted.job) if submitted is not None and submitted.job else None
+    if state is not None and state.state not in OVER:
+        raise ValueError(f"the run {run} has a job already: {state.job}, {state.state}. `cuboid cancel {run}` ends it")
 
 
 def write_job(job: Job, recipe: Recipe) -> Job:
@@ -199,10 +198,7 @@ def submit_all(jobs: Sequence[Job]) -> list[str]:
     executor = submitit.SlurmExecutor(folder=folder, python=f"exec {python_of(first.cluster)}")
     executor.update_parameters(**sbatch_parameters(first))
     try:
-        if len(jobs) == 1:
-            made = [executor.submit(supervise, first)]
-        else:
-            made = executor.map_array(supervise, jobs)
+        made = executor.map_array(supervise, jobs) if len(jobs) > 1 else [executor.submit(supervise, first)]
     except submitit.core.utils.FailedJobError as error:
         raise OSError(f"sbatch refused the job: {str(error).strip()}") from None
     for job, handed in zip(jobs, made, strict=True):

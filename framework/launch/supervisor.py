@@ -2,8 +2,9 @@
 
     nodes -> health checks -> claim an attempt -> srun, a task a rank -> watch -> how it ended -> what follows
 
-What follows a failure is another attempt on the nodes that are left, spare ones included, without a wait in the queue;
-the queue only where too few are left, or where failures repeat. Everything that happens goes into RUN/jobs/history.jsonl.
+What follows a failure is another attempt on the nodes that are left, spare ones included, without a wait in the
+queue; the queue only where too few are left, or where failures repeat. Everything that happens goes into
+RUN/jobs/history.jsonl.
 """
 
 import signal
@@ -11,7 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
+from typing import Final
 
 from framework.checkpoint.attempt import claim_attempt
 from framework.environment import Allocation, read_allocation
@@ -33,7 +35,8 @@ from framework.log import line
 from framework.run import Run, latest_attempt, read_verdict
 from framework.storage.storage import open_storage
 
-STATUS = {"done": 0, "cancelled": 143}
+MOMENT = 3.0  # seconds
+STATUS: Final = MappingProxyType({"done": 0, "cancelled": 143})
 
 
 class Told:
@@ -45,6 +48,12 @@ class Told:
             signal.signal(number, self._set)
         for number in (signal.SIGUSR2, signal.SIGCONT):  # for the ranks, which get it too
             signal.signal(number, signal.SIG_IGN)
+
+    def wait(self) -> None:
+        """The ranks were told: the scheduler tells them first, and this process within a moment."""
+        deadline = time.monotonic() + MOMENT
+        while not self.yes and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.yes = True
@@ -86,6 +95,9 @@ class Supervisor:
                 return self._finish("fatal", str(error))
             except OSError as error:
                 ended = Ended("retry", str(error), kind="storage")
+            if self._is_replaced():
+                line("another start of this job has taken over: this one says nothing more")
+                return 1
             self._note_end(ended)
             for node in ended.bad:
                 self._exclude(node, ended.reason)
@@ -114,7 +126,7 @@ class Supervisor:
         (fewest, most), ranks, mesh = self.job.nodes, self.job.cluster.ranks_per_node, self.job.mesh
         if len(healthy) < fewest:
             return None
-        count = usable_nodes(len(healthy), ranks, mesh, range(fewest, most + 1))
+        count = usable_nodes(len(healthy), ranks, mesh, range(fewest, most + 1), splits=self.job.splits)
         span = -(-mesh.ring * mesh.ulysses * mesh.tp // ranks)
         return tuple(order_hosts(healthy, nodes_per_replica=span)[:count])
 
@@ -136,12 +148,15 @@ class Supervisor:
             self.job, self.allocation.job, hosts, self.job.command, tasks_a_node=ranks, logs=logs, own=own
         )
         hang = watch_step(step, run, self.job.watch)
+        verdict = read_verdict(run)
+        if verdict is not None and verdict.signal == signal.SIGTERM:
+            self.told.wait()
         lost = {*lost_nodes(step.said()), *slurm.gone_nodes(hosts)}
         return judge(
             Evidence(
                 status=step.client.returncode,
                 srun=step.said(),
-                verdict=read_verdict(run),
+                verdict=verdict,
                 failure=first_failure(run.failures),
                 beat=read_heartbeat(run),
                 hang=hang,
@@ -189,6 +204,10 @@ class Supervisor:
     def _is_cancelled(self) -> bool:
         """Whether this job was told to end, and doesn't come back by the scheduler's doing."""
         return self.told.yes and not slurm.comes_back(self.allocation.job, self.allocation.restart)
+
+    def _is_replaced(self) -> bool:
+        """Whether this is what is left of a start whose node the scheduler holds for lost: nobody told it to end."""
+        return not self.told.yes and slurm.comes_back(self.allocation.job, self.allocation.restart)
 
     def _requeue(self, following: Next) -> int:
         """Back into the queue, without the bad nodes. A status other than 0 where the scheduler refuses."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from framework.layers import UniqueKeys
+from framework.layers import StrictLoader
 
 
 def read_sweep(path: Path) -> list[list[str]]:
@@ -20,7 +20,7 @@ def read_sweep(path: Path) -> list[list[str]]:
     if not path.is_file():
         raise ValueError(f"--array {path}: there is no such file")
     try:
-        tree = yaml.load(path.read_text(), Loader=UniqueKeys)
+        tree = yaml.load(path.read_text(), Loader=StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} isn't valid YAML: {' '.join(str(error).split())}") from None
     if isinstance(tree, dict) and tree and all(isinstance(values, list) and values for values in tree.values()):

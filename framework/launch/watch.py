@@ -19,7 +19,7 @@ from framework.stacks import stack_file
 LOOK = 0.1  # seconds between two looks at the step's client
 READ = 0.5  # seconds between two readings of the run directory
 DUMP = 3.0  # seconds that ranks have to write their stacks
-LINGER = 30.0  # seconds that a step may take to end once a rank has said why it failed
+LINGER = 15.0  # seconds that a step may take to end once a rank has said why it failed
 
 
 def limit_of(beat: Heartbeat | None, watch: WatchConfig) -> tuple[str, float]:

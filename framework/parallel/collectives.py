@@ -190,10 +190,10 @@ def gather_objects(value: T, group: Group) -> list[T]:
 def gather_floats(values: list[float], group: Group) -> list[list[float]]:
     """Everybody's few numbers, in the group's order, on every member."""
     here = torch.tensor(values, dtype=torch.float64)
-    parts = here.new_empty((group.size, len(values)))
+    parts = here.new_empty(group.size * len(values))
     group.traffic.count("floats", sent(num_bytes(parts), group))
     dist.all_gather_into_tensor(parts, here, group=group.process_group)
-    found: list[list[float]] = parts.tolist()
+    found: list[list[float]] = parts.view(group.size, len(values)).tolist()
     return found
 
 

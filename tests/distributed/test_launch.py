@@ -123,6 +123,27 @@ def test_a_run_in_use_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
     assert first.returncode == 128 + signal.SIGINT and "saved; the same command resumes" in out
 
 
+def test_stacks_and_a_stop_while_saving(tiny_shards: Path, tmp_path: Path) -> None:
+    """Every step is saved, so a save is under way when the signal comes; both are passed on to the ranks."""
+    recipe = write_recipe(tmp_path, tiny_shards, ["mesh.dp=2", "train.steps=20000", "checkpoint.every=1"])
+    run = tmp_path / "run"
+    process = start(recipe)
+    wait_for_step(run, 3, process)
+    process.send_signal(signal.SIGUSR1)
+    wait_for_step(run, max(steps(run)) + 2, process)
+    process.send_signal(signal.SIGUSR2)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + signal.SIGUSR2, "")
+    assert "saved; the same command resumes" in out
+    verdict = json.loads((run / "attempts/0000/verdict.json").read_text())
+    assert (verdict["outcome"], verdict["signal"]) == ("stopped", signal.SIGUSR2)
+    newest = max((run / "checkpoints").glob("step-*"))
+    assert newest.name == f"step-{verdict['step']:08}-0000" and (newest / "manifest.json").is_file()
+    for rank in range(2):
+        stacks = (run / f"attempts/0000/stacks/rank-{rank:05}.txt").read_text()
+        assert "train.py" in stacks and stacks.count("Thread 0x") > 2, "of all threads"
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tiny_shards: Path, tmp_path: Path) -> None:
     """A file system of 1.5 MB takes one checkpoint of 0.3 MB and no second one beside the ballast."""
     disk = tmp_path / "disk"

@@ -1,260 +1,34 @@
-"""Every kind of failure, on a real Slurm, with ranks that train nothing: each ends in the state that slurm/README.md
-says, and no step is lost or done twice beyond what was saved.
-"""
+"""The failures of tests/failures.py, several at once."""
 
-import signal
-import time
-from dataclasses import replace
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from framework.launch.config import HealthConfig
-from framework.programs.config import WatchConfig
-from light_jobs import LightRun, light_run
-from slurm_lab import Lab
+import pytest
+from failures import SCENARIOS
+from slurm_lab import Lab, NoLabError
+
+AT_ONCE = 4
+Running = dict[str, Future[None]]
 
 
-def is_whole(run: LightRun, steps: int) -> bool:
-    """Whether every step is there once, and the sum over all of them came through every checkpoint."""
-    expected = [sum(i**2 for i in range(1, step + 1)) for step in range(1, steps + 1)]
-    return run.steps() == list(range(1, steps + 1)) and run.totals() == expected
-
-
-def test_done(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 12})
-    run.submit()
-    assert run.wait_finished().outcome == "done"
-    assert is_whole(run, 12)
-    assert lab.wait_state(run.id, "COMPLETED")
-
-
-def test_killed_rank_is_restarted_inside_the_allocation(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 60})
-    run.submit()
-    run.wait_step(8)
-    node = run.kill(3)
-    begin = time.monotonic()
-    run.wait_step(1, attempt=1)
-    assert time.monotonic() - begin < 15
-    assert run.wait_finished().outcome == "done"
-    ended = run.events("ended")[0]
-    assert (ended.outcome, ended.node) == ("retry", node) and "Killed" in str(ended.reason)
-    assert not run.events("requeued") and is_whole(run, 60)
-    assert run.beat().resumed >= 5  # type: ignore[union-attr]
-
-
-def test_preemption(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 150})
-    run.submit()
-    run.wait_step(10)
-    told = time.time()
-    high = lab.run("sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    run.wait(lambda: bool(run.events("requeued")))
-    verdict, ended = run.verdict(0), run.last("ended")
-    assert verdict is not None and verdict.signal == signal.SIGUSR2 and verdict.step == ended.step
-    assert ended.outcome == "preempted" and ended.time - told < 3 * (0.05 + 2) + 1  # the scheduler looks once a second
-    lab.wait_state(high, {"RUNNING", "COMPLETED"})
-    assert run.wait_finished().outcome == "done"
-    assert run.beat().resumed == verdict.step and is_whole(run, 150)  # type: ignore[union-attr]
-    second = run.events("started")[1]
-    assert second.restart == 1
-
-
-def test_requeued_by_an_operator(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 120})
-    run.submit()
-    run.wait_step(10)
-    lab.run("scontrol", "requeue", run.id)
-    assert run.wait_finished().outcome == "done"
-    verdict = run.verdict(0)
-    assert verdict is not None and verdict.signal == signal.SIGTERM
-    assert run.beat().resumed == verdict.step and is_whole(run, 120)  # type: ignore[union-attr]
-    assert len(run.events("requeued")) == 1
-
-
-def test_time_limit(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 900}, time="00:01:00", notice=55)
-    run.submit()
-    run.wait(lambda: bool(run.events("requeued")), 60)
-    verdict, ended = run.verdict(0), run.last("ended")
-    assert verdict is not None and verdict.signal == signal.SIGUSR2 and ended.step == verdict.step > 0
-    run.wait_step(verdict.step + 1, attempt=1)
-    lab.run("scancel", run.id)
-    assert run.wait_finished().outcome == "cancelled"
-
-
-def test_hang(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 80}, watch=WatchConfig(start=30, step=3, save=20))
-    run.submit()
-    run.wait_step(8)
-    begin = time.time()
-    node = run.kill(2, signal.SIGSTOP)
-    assert run.wait_finished().outcome == "done"
-    ended = run.events("ended")[0]
-    assert (ended.kind, ended.node) == ("hang", node) and f"rank 2 on {node}" in str(ended.reason)
-    assert ended.time - begin < 3 * 3 + 5  # the limit, and the time for stacks
-    stacks = sorted(path.name for path in (run.path / "attempts" / "0000" / "stacks").iterdir() if path.stat().st_size)
-    assert stacks == ["rank-00000.txt", "rank-00001.txt", "rank-00003.txt"]
-    assert "largest" in (run.path / "attempts" / "0000" / "stacks" / "rank-00000.txt").read_text()
-    assert not run.events("requeued") and is_whole(run, 80)
-
-
-def test_signal_during_a_save(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 30, "save": 1.0})
-    run.submit()
-    run.wait(lambda: (beat := run.beat()) is not None and beat.phase == "save")
-    lab.run("scancel", "--signal=USR2", run.id)
-    run.wait(lambda: bool(run.events("requeued")))
-    verdict = run.verdict(0)
-    assert verdict is not None and run.last("ended").outcome == "preempted"
-    assert run.wait_finished().outcome == "done"
-    assert run.beat().resumed == verdict.step and is_whole(run, 30)  # type: ignore[union-attr]
-
-
-def test_script_error_at_start(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"error": "name 'modle' is not defined"})
-    run.submit()
-    finished = run.wait_finished()
-    assert finished.outcome == "fatal" and "name 'modle' is not defined" in str(finished.reason)
-    assert len(run.events("launched")) == 1 and not run.events("requeued")
-    lab.wait_state(run.id, "FAILED")
-
-
-def test_crash_loop(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"crash": 3})
-    run.submit()
-    finished = run.wait_finished()
-    assert finished.outcome == "fatal" and "gave up after 4 failures" in str(finished.reason)
-    assert "a made-up failure" in str(finished.reason)
-    assert [event.kind for event in run.events("ended")] == ["crash"] * 4 and len(run.events("requeued")) == 1
-    lab.wait_state(run.id, "FAILED")
-
-
-def test_cancelled(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path)
-    run.submit()
-    run.wait_step(10)
-    lab.run("scancel", run.id)
-    finished, verdict = run.wait_finished(), run.verdict()
-    assert finished.outcome == "cancelled" and verdict is not None
-    assert f"step {verdict.step} is saved" in str(finished.reason)
-    lab.wait_state(run.id, "CANCELLED")
-    assert len(run.events("started")) == 1
-
-
-def test_lost_node_with_a_spare(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 900}, spare_nodes=1)
-    run.submit()
-    run.wait_step(10)
-    hosts = run.last("launched").nodes
-    assert hosts is not None
-    begin = time.monotonic()
-    lab.lose_node(hosts[1])
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """All of them, begun on a Slurm with nodes enough, as each takes up to three for itself alone."""
+    folder = tmp_path_factory.mktemp("failures")
     try:
-        run.wait_step(1, attempt=1)
-        again = run.last("launched").nodes
-        assert again is not None and len(again) == 2 and hosts[1] not in again
-        assert run.last("excluded").node == hosts[1] and not run.events("requeued")
-        print(f"swapped after {time.monotonic() - begin:.1f} s")
-        lab.run("scancel", run.id)
-        assert run.wait_finished().outcome == "cancelled"
-    finally:
-        lab.start_node(hosts[1])
-    lab.wait_node(hosts[1], "idle")
+        lab = Lab(folder / "lab", num_nodes=3 * AT_ONCE)
+    except NoLabError as reason:
+        pytest.skip(str(reason))
+    places: dict[str, Path] = {name: folder / name for name in SCENARIOS}
+    for place in places.values():
+        place.mkdir()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {name: pool.submit(scenario, lab, places[name]) for name, scenario in SCENARIOS.items()}
+        pool.shutdown(wait=True, cancel_futures=True)
+    lab.close()
 
 
-def test_lost_node_of_an_elastic_run(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 900}, nodes=(1, 2))
-    run.submit()
-    run.wait_step(10)
-    hosts = run.last("launched").nodes
-    assert hosts is not None and run.last("launched").ranks == 4
-    lab.lose_node(hosts[1])
-    try:
-        run.wait_step(1, attempt=1)
-        assert (run.last("launched").nodes, run.last("launched").ranks) == (hosts[:1], 2)
-        lab.run("scancel", run.id)
-        assert run.wait_finished().outcome == "cancelled"
-    finally:
-        lab.start_node(hosts[1])
-    lab.wait_node(hosts[1], "idle")
-
-
-def test_lost_node_of_the_supervisor(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 900}, spare_nodes=1)
-    run.submit()
-    run.wait_step(10)
-    first = run.last("started").nodes
-    assert first is not None
-    lab.lose_node(first[0])
-    try:
-        run.wait(lambda: len(run.events("started")) == 2, 60)
-        run.wait_step(1, attempt=1)
-        again = run.last("launched").nodes
-        assert again is not None and first[0] not in again
-        assert first[0] in str(run.last("requeued").reason)
-        lab.run("scancel", run.id)
-        assert run.wait_finished().outcome == "cancelled"
-    finally:
-        lab.start_node(first[0])
-    lab.wait_node(first[0], "idle")
-
-
-def test_lost_node_without_a_spare(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 900})
-    run.submit()
-    run.wait_step(10)
-    hosts = run.last("launched").nodes
-    assert hosts is not None
-    lab.lose_node(hosts[1])
-    try:
-        run.wait(lambda: len(run.events("started")) == 2, 60)
-        run.wait_step(1, attempt=1)
-        again = run.last("launched").nodes
-        assert again is not None and hosts[1] not in again
-        lab.run("scancel", run.id)
-        assert run.wait_finished().outcome == "cancelled"
-    finally:
-        lab.start_node(hosts[1])
-    lab.wait_node(hosts[1], "idle")
-
-
-def test_zombies_commit_nothing(lab: Lab, tmp_path: Path) -> None:
-    run = light_run(lab, tmp_path, {"steps": 5000}, nodes=(1, 1))
-    run.submit()
-    run.wait_step(10)
-    hosts = run.last("launched").nodes
-    assert hosts is not None
-    pids = [run.rank(rank)[0] for rank in range(2)]
-    lab.kill_node(hosts[0])
-    try:
-        run.wait(lambda: len(run.events("launched")) == 2, 60)
-        failure = run.path / "attempts" / "0000" / "failures" / "rank-0.json"
-        run.wait(failure.exists)
-        assert "attempt 1 has taken over" in failure.read_text()
-        run.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
-        run.wait_step(1, attempt=1)
-        start = run.beat().resumed  # type: ignore[union-attr]
-        late = [path.name for path in (run.path / "checkpoints").glob("step-*-0000/manifest.json")]
-        folders = [path.parent.name for path in (run.path / "checkpoints").glob("step-*-0000/manifest.json")]
-        assert late and max(int(name.split("-")[1]) for name in folders) == start
-        lab.run("scancel", run.id)
-        assert run.wait_finished().outcome == "cancelled"
-    finally:
-        lab.start_node(hosts[0])
-    lab.wait_node(hosts[0], "idle")
-
-
-def test_bad_node_is_excluded_and_remembered(lab: Lab, tmp_path: Path) -> None:
-    health = HealthConfig(
-        level="basic", disk=0.0, command='test "$(hostname)" != "$(cat bad)" || { echo no GPU; false; }'
-    )
-    health = replace(health, command=health.command.replace("cat bad", f"cat {tmp_path}/bad"))
-    (tmp_path / "bad").write_text("node1")
-    run = light_run(lab, tmp_path, {"steps": 12}, health=health)
-    run.submit()
-    assert run.wait_finished(90).outcome == "done"
-    excluded = run.last("excluded")
-    assert excluded.node == "node1" and "no GPU" in str(excluded.reason)
-    hosts = run.last("launched").nodes
-    assert hosts is not None and "node1" not in hosts and is_whole(run, 12)
-    assert "node1" in (tmp_path / "nodes.json").read_text()
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_failure(running: Running, name: str) -> None:
+    running[name].result(timeout=280)

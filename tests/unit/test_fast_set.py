@@ -16,6 +16,7 @@ FAST: Final = (
     {"cli", "recipe", "run", "environment", "shapes", "keys", "log", "launch.local", "data.shards", "data.buckets"}
     | {"fingerprint", "heartbeat", "history", "failure", "stacks", "checkpoint.attempt"}
     | {"launch.cluster", "launch.placement", "launch.snapshot", "launch.variables"}
+    | {"cli_status", "launch.facts", "launch.status", "launch.logs"}
     | ({"storage", "launch.job", "launch.script", "launch.supervisor"} & MODULES)
     | {module for module in MODULES if module.startswith("plan.") or module.endswith(".config")}
 )

@@ -11,7 +11,19 @@ FROZEN: Final = frozenset(
     node.name for tree in TREES.values() for node in classes(tree) if "frozen=True" in (dataclass_words(node) or "")
 )
 IMMUTABLE_MAKERS: Final = FROZEN | {
-    *("MappingProxyType", "frozenset", "tuple", "range", "compile", "TypeVar", "uint64", "getLogger", "prod")
+    *(
+        "MappingProxyType",
+        "frozenset",
+        "tuple",
+        "range",
+        "compile",
+        "TypeVar",
+        "uint64",
+        "getLogger",
+        "prod",
+        "Path",
+        "resolve",
+    )
 }
 DISPLAYS: Final = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp)
 # Declares one operation absent, or DeepSpeed compiles it for minutes (see `quiet`).

@@ -1,221 +1,223 @@
-"""Goodput of the schedule on a mixed set, beside other rules, on the same simulated ranks (framework/data/goodput.py).
+"""Effective training time as a function of restart time and save stall, from 8 GPUs to 16,384.
 
-    python tools/bench/goodput.py [--steps 10000] [--ranks 64 96 768 1024] [--still] [--video FILE]
+    python tools/bench/goodput.py [--run RUN] [--stall S --write S --detect S --restart S] [--png FILE] [--csv FILE]
 
-The set: 256x448, 480x832 and 720x1280 at 16 frames a second, 1 to 10 s in eight steps, and images: 25 buckets, for a
-14B Wan. Weights fall with duration and resolution, a fifth of the samples are images. Ranks are up to 3 % slower or
-faster and do 400 TFLOP/s. A rank's eight workers decode a frame in 2 ms, p99 three times the mean (measured on
-the test clip, 720p, one core: 14.5 ms, 2.6 times; `--video` measures again). They decode half as many frames again as
-are used (24 frames a second) and a second of video before them (keyframes every two). The rules:
+A run loses to its failures what a framework decides: the stall of each save (s), the seconds until a checkpoint
+counts (w, from the copy to the commit), those until a failure is seen (d) and those of a restart, up to the first step
+(R). The rest is the cluster's: M, the mean time to a failure, which grows shorter with the number of GPUs.
 
-    ours         a draw of one bucket for all ranks, its batch from a cost budget, its degrees `auto`
-    rounds=N     the same, N draws a step: the samples of a step vary less
-    one cp       ours with the mesh's degrees for every bucket
-    equal tokens every replica draws its own bucket, and as many samples as the longest clip has tokens: the usual
-                 default of token-bucketed loaders
-    double bound AdaptiveLoad (arXiv 2605.17923), read as: a replica draws its own bucket and takes as many samples as
-                 stay below M tokens and below the S^2 of the longest clip, min(M / S, S_max^2 / S^2), at least one. M
-                 is the best for it of 1, 2, 4 and 8 times S_max; whether that fits into memory isn't asked
+Failures are a Poisson process of mean M while ranks are there, restarts included. A save begins after every tau
+seconds of steps. A failure v seconds after ranks were started leaves the checkpoints that were committed by then, those
+k with R + k (tau + s) + w <= v, so that
 
-In the last two a bucket is drawn in proportion to weight / samples of a draw, which keeps the mixture, and a step has
-as many micro-batches as come nearest to the global batch. The replica there is the mesh's, 8 ranks. What ranks send
-each other is in none of them: the last line of a mesh says how finely ours splits samples for its even deal.
+    E[kept]  = tau sum_k exp(-(R + k (tau + s) + w) / M) = tau exp(-(R + w) / M) / (exp((tau + s) / M) - 1)
+    E[spent] = M + d
+    effective training time = E[kept] / E[spent]
+
+which for w = d = 0 is the exact model of J. T. Daly, "A higher order estimate of the optimum checkpoint interval for
+restart dumps", Future Generation Computer Systems 22 (2006). The interval is the first-order optimum of
+J. W. Young, Communications of the ACM 17 (1974), which Daly begins with: tau = sqrt(2 s M), or w where that is
+longer, since one save runs at a time. The bench draws failures one by one and compares (`simulate`): the mean
+agrees within four standard errors, or it ends with status 1.
+
+M is interpolated, log M by log GPUs, between what Kokolis et al., "Revisiting Reliability in Large-Scale Machine
+Learning Research Clusters" (arXiv 2410.21680), report for jobs on A100s: 8 GPUs 47.7 days, 1,024 7.9 hours, 16,384 1.8
+hours. Other clusters are others: --mttf GPUS=HOURS ... takes your own.
+
+With --run the four times are those of the run's own account (framework/launch/account.py), on the machine that it ran
+on: a restart's time there is dominated by imports and compilation, not by the number of ranks.
 """
 
 import argparse
+import csv
+import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from statistics import mean
 
 import numpy as np
 
-from framework.data.config import BucketConfig, DataConfig, StreamConfig
-from framework.data.goodput import (
-    BucketWork,
-    Disturbances,
-    Factors,
-    Goodput,
-    Jitter,
-    Micro,
-    bucket_works,
-    lockstep,
-    shares_of,
-    simulate,
-    spread_of,
-)
-from framework.data.splits import resolve_degrees
-from framework.models.config import ModelConfig
-from framework.parallel.config import MeshConfig, MeshShape
-from framework.recipe import Recipe
-from framework.text.config import BytesConfig, TextConfig
-from framework.tokenizer.config import DctConfig, TokenizerConfig
+from framework.launch.account import Account
+from framework.launch.facts import read_facts
+from framework.launch.status import status_of
+from framework.run import recipe_of_run
 
-RESOLUTIONS = ((256, 448, 0.40), (480, 832, 0.30), (720, 1280, 0.10))
-# Seconds and their part of a resolution's samples.
-DURATIONS = ((1, 0.20), (2, 0.22), (3, 0.18), (4, 0.13), (5, 0.12), (6, 0.07), (8, 0.05), (10, 0.03))
-IMAGES = BucketConfig(1, 480, 832, 0.20)
-FPS, CP = 16, 8
-NATIVE_FPS, KEYFRAMES = 24.0, 48
-BATCHES = ((64, 256), (64, 512), (96, 192), (96, 256), (96, 384), (768, 768), (768, 1536), (1024, 1024), (1024, 2048))
-DISTURBED = Disturbances(speed=0.03, jitter=Jitter(seconds=0.002, p99=3.0))
+PUBLISHED = ((8, 47.7 * 24), (1024, 7.9), (16384, 1.8))  # GPUs, hours: arXiv 2410.21680
+SIZES = (8, 64, 256, 1024, 4096, 16384)
+RESTARTS = (30, 60, 120, 180, 300, 600)
+STALLS = (0.1, 0.5, 1, 3, 10, 30, 60)
+SIGMAS = 4.0
 
 
-def mixed_recipe(global_batch: int, *, rounds: int = 1, degrees: Literal["mesh", "auto"] = "auto") -> Recipe:
-    """The mixed set and the model."""
-    buckets = [IMAGES] + [
-        BucketConfig(FPS * seconds + 1, height, width, share * part, fps=FPS)
-        for height, width, share in RESOLUTIONS
-        for seconds, part in DURATIONS
-    ]
-    return Recipe(
-        model=ModelConfig(in_channels=16, out_channels=16, text_dim=256),
-        tokenizer=TokenizerConfig("dct", DctConfig(16)),
-        text=TextConfig("bytes", BytesConfig(512)),
-        mesh=MeshConfig(ulysses=CP),
-        data=DataConfig(
-            [StreamConfig("none")], buckets, global_batch, rounds, degrees="auto" if degrees == "auto" else "mesh"
-        ),
-    )
+@dataclass(frozen=True)
+class Times:
+    """Seconds: stall of a save, from its copy to its commit, until a failure is seen, from there to the first step."""
+
+    stall: float = 0.5
+    write: float = 30.0
+    detect: float = 10.0
+    restart: float = 60.0
 
 
-def mesh_of(ranks: int) -> MeshShape:
-    return MeshShape(ranks // CP, 1, CP, 1)
+def mttf(gpus: int, points: tuple[tuple[int, float], ...] = PUBLISHED) -> float:
+    """Seconds between two failures of a job, interpolated and, outside, extended by the nearest two points."""
+    if len(points) == 1:
+        return 3600 * points[0][1] * points[0][0] / gpus
+    index = min(max(sum(gpus > at for at, _ in points), 1), len(points) - 1)
+    (a, hours_a), (b, hours_b) = points[index - 1], points[index]
+    slope = math.log(hours_b / hours_a) / math.log(b / a)
+    return 3600 * hours_a * (gpus / a) ** slope
 
 
-def decoded_frames(recipe: Recipe) -> list[float]:
-    """Frames decoded for a sample: from the keyframe before it, at the native rate."""
-    return [(bucket.frames - 1) * NATIVE_FPS / FPS + 1 + KEYFRAMES / 2 for bucket in recipe.data.buckets]
+def best_interval(times: Times, m: float) -> float:
+    """Young's, in seconds of steps; no shorter than a save takes."""
+    return max(math.sqrt(2 * times.stall * m), times.write, 1.0)
 
 
-def ours(recipe: Recipe, shape: MeshShape, steps: int, disturbances: Disturbances) -> Goodput:
-    recipe = resolve_degrees(recipe, shape)
-    return simulate(recipe, shape, steps=steps, disturbances=disturbances, frames=decoded_frames(recipe))
+def effective(times: Times, m: float, tau: float) -> float:
+    """The expectation above."""
+    kept = tau * math.exp(-(times.restart + times.write) / m) / math.expm1((tau + times.stall) / m)
+    return kept / (m + times.detect)
 
 
-def independent(
-    recipe: Recipe, shape: MeshShape, steps: int, disturbances: Disturbances, *, bounds: tuple[float, float]
-) -> Goodput:
-    """Every replica draws its own bucket. bounds: tokens, and tokens squared, of a micro-batch, over the longest's."""
-    works = bucket_works(recipe, shape, frames=decoded_frames(recipe))
-    weights = np.array([bucket.weight for bucket in recipe.data.buckets])
-    tokens = np.array([work.tokens for work in works], dtype=float)
-    longest = tokens.max() / tokens
-    sizes = np.maximum(1, np.floor(np.minimum(bounds[0] * longest, bounds[1] * longest**2))).astype(int)
-    odds = weights / sizes / (weights / sizes).sum()
-    per_draw = float((odds * sizes).sum())
-    micros = max(1, round(recipe.data.global_batch / (shape.dp * per_draw)))
-    drawn = np.random.default_rng([disturbances.seed, 3]).choice(len(works), (steps, micros, shape.dp), p=odds)
-    draws = np.stack([(drawn == bucket).sum(axis=(1, 2)) for bucket in range(len(works))], axis=1)
-    stream = replica_micros(works, sizes, drawn.reshape(-1, shape.dp), shape)
-    factors, seconds = lockstep(stream, ranks=shape.world_size, disturbances=disturbances)
-    counts = draws * sizes
-    return Goodput(factors, shares_of(works, draws, counts), spread_of(counts), seconds, steps, shape.world_size)
+def simulate(times: Times, m: float, tau: float, *, failures: int, seed: int) -> tuple[float, float]:
+    """The same from failures that were drawn, second by second of no formula: (mean, standard error).
+
+    Each failure is one cycle: ranks start, restore for R, then steps and saves alternate until the failure; what is
+    kept is the newest checkpoint that was committed. The error is that of a ratio of means (delta method).
+    """
+    random = np.random.default_rng(seed)
+    kept, spent = np.zeros(failures), np.zeros(failures)
+    for index, alive in enumerate(random.exponential(m, failures)):
+        clock, done, committed = times.restart, 0.0, 0.0
+        pending: list[tuple[float, float]] = []  # when it is committed, work in it
+        while clock + tau <= alive:
+            clock, done = clock + tau, done + tau
+            clock += times.stall
+            pending.append((clock + times.write, done))
+            while pending and pending[0][0] <= clock:
+                committed = pending.pop(0)[1]
+        for at, work in pending:
+            committed = work if at <= alive else committed
+        kept[index], spent[index] = committed, alive + times.detect
+    ratio = kept.mean() / spent.mean()
+    return float(ratio), float((kept - ratio * spent).std(ddof=1) / spent.mean() / math.sqrt(failures))
 
 
-def replica_micros(
-    works: Sequence[BucketWork], sizes: np.ndarray, drawn: np.ndarray, shape: MeshShape
-) -> Iterator[Micro]:
-    """drawn: each replica's bucket in each micro-batch, `micro-batches replicas`."""
-    cost = sizes * np.array([work.cost for work in works])
-    load = sizes * np.array([work.padded / work.parts for work in works])
-    frames = sizes * np.array([work.frames for work in works])
-    leads = np.arange(shape.world_size) % shape.replica == 0
-    for row in drawn:
-        useful = float(cost[row].sum())
-        yield Micro(useful, useful, np.repeat(load[row], shape.replica), np.repeat(frames[row], shape.replica) * leads)
+def measured(run: Path, now: float) -> tuple[Times, Account, list[str]]:
+    """The times of a run, and lines that say what they were measured on. Raises ValueError where it never saved."""
+    status = status_of(read_facts(run, now))
+    account, every = status.account, recipe_of_run(run).checkpoint.every
+    saves = max(account.num_steps // every, 1 if account.parts["save"] else 0)
+    if not saves:
+        raise ValueError(f"{run} has saved nothing: there is no stall to measure")
+    found = Times(stall=account.parts["save"] / saves)
+    lines = [f"{run}: {account.num_steps} steps, about {saves} saves, {len(account.restarts)} restarts"]
+    if account.restarts:
+        found = replace(
+            found,
+            detect=mean(restart.detect for restart in account.restarts),
+            restart=mean(restart.seconds for restart in account.restarts),
+        )
+        for part in account.restarts[0].parts:
+            seconds = mean(restart.parts[part] for restart in account.restarts)
+            lines.append(f"  {part:12} {seconds:8.2f} s a restart")
+    else:
+        lines.append("  no restart: detection and restart as given")
+    return found, account, lines
 
 
-def contest(ranks: int, global_batch: int, steps: int, disturbances: Disturbances) -> dict[str, Goodput]:
-    """The four rules on a mesh."""
-    shape = mesh_of(ranks)
-    recipe, fixed = mixed_recipe(global_batch), mixed_recipe(global_batch, degrees="mesh")
-    short = min(steps, 300)
-    bound = max(
-        (1.0, 2.0, 4.0, 8.0),
-        key=lambda m: independent(fixed, shape, short, disturbances, bounds=(m, 1.0)).goodput,
-    )
-    mixing = {
-        f"ours, rounds={rounds}": ours(mixed_recipe(global_batch, rounds=rounds), shape, steps, disturbances)
-        for rounds in (2, 4)
-    }
-    return {
-        "ours": ours(recipe, shape, steps, disturbances),
-        **mixing,
-        "one cp": ours(fixed, shape, steps, disturbances),
-        "equal tokens": independent(fixed, shape, steps, disturbances, bounds=(1.0, np.inf)),
-        f"double bound, M={bound:g}": independent(fixed, shape, steps, disturbances, bounds=(bound, 1.0)),
-    }
+def check(times: Times, sizes: list[int], points: tuple[tuple[int, float], ...], failures: int) -> list[str]:
+    """The formula against drawn failures; a line a size. Raises ValueError where they differ."""
+    lines = []
+    for gpus in sizes:
+        m = mttf(gpus, points)
+        tau = best_interval(times, m)
+        exact = effective(times, m, tau)
+        drawn, error = simulate(times, m, tau, failures=failures, seed=gpus)
+        off = (drawn - exact) / error
+        lines.append(f"  {gpus:6} GPUs: formula {exact:.4%}, drawn {drawn:.4%} +- {error:.4%} ({off:+.1f} errors)")
+        if abs(off) > SIGMAS:
+            raise ValueError(f"the formula and {failures} drawn failures differ: {lines[-1].strip()}")
+    return lines
 
 
-def measured(video: Path) -> Jitter:
-    """Data time of 60 clips of 33 frames from anywhere in a video, shared out to eight workers."""
-    from framework.data.decode import decode_clip, probe
-    from framework.shapes import ClipShape
-
-    data, times = video.read_bytes(), []
-    starts = np.random.default_rng(0).integers(0, probe(video).frames - 33, 60)
-    for start in starts.tolist():
-        begin = time.perf_counter()
-        decode_clip(data, start=start, clip=ClipShape(33, 256, 448))
-        times.append(time.perf_counter() - begin)
-    print(f"decoding: {1e3 * np.mean(times) / 33:.1f} ms a frame, p99 {np.percentile(times, 99) / np.mean(times):.2f}")
-    return Jitter(float(np.mean(times)) / 33 / 8, measured=tuple(times))
+def curve(times: Times, field: str, values: tuple[float, ...], m: float) -> list[float]:
+    """Effective training time over one of the times, each at its own best interval."""
+    found = []
+    for value in values:
+        at = replace(times, **{field: value})
+        found.append(effective(at, m, best_interval(at, m)))
+    return found
 
 
-def split_line(ranks: int, global_batch: int) -> str:
-    """How many ranks share a sample in ours."""
-    shape = mesh_of(ranks)
-    works = bucket_works(resolve_degrees(mixed_recipe(global_batch), shape), shape)
-    widest, finest = max(works, key=lambda work: work.parts), min(works, key=lambda work: work.tokens / work.parts)
-    return (
-        f"  ours: up to {widest.parts} ranks share a sample ({widest.tokens} tokens); fewest tokens a rank "
-        f"{finest.tokens // finest.parts} ({finest.parts} ranks)"
-    )
+def table(title: str, heads: tuple[float, ...], rows: list[tuple[int, list[float]]]) -> None:
+    print(f"\n{title}")
+    print(f"  {'GPUs':>6}  " + "".join(f"{head:>8g}" for head in heads))
+    for gpus, values in rows:
+        print(f"  {gpus:6}  " + "".join(f"{100 * value:8.2f}" for value in values))
 
 
-def row_of(name: str, found: Goodput, weights: np.ndarray) -> str:
-    factors, samples = found.factors, found.samples
-    causes = " ".join(f"{100 * (1 - getattr(factors, cause)):9.2f}" for cause in Factors.__dataclass_fields__)
-    off = 100 * np.abs(np.array(found.shares.samples) - weights / weights.sum()).max()
-    return (
-        f"  {name:20} {100 * found.goodput:7.2f} {causes}   {samples.p5:6.0f} {samples.mean:7.1f} {samples.p95:6.0f} "
-        f"{samples.ratio:6.1f} {off:7.2f}"
-    )
+def parse_points(words: list[str]) -> tuple[tuple[int, float], ...]:
+    """1024=7.9 -> (1024, 7.9), by GPUs. Raises ValueError."""
+    try:
+        return tuple(sorted((int(gpus), float(hours)) for gpus, hours in (word.split("=") for word in words)))
+    except ValueError:
+        raise ValueError(f"--mttf {' '.join(words)}: give GPUS=HOURS, as in 1024=7.9") from None
 
 
 def main() -> None:
-    from machine import machine  # imports torch
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[64, 96, 768, 1024])
-    parser.add_argument("--still", action="store_true", help="no disturbance")
-    parser.add_argument("--video", type=Path, help="measure data times on this file")
+    parser.add_argument("--run", type=Path, help="measure on this run")
+    for name in Times.__dataclass_fields__:
+        parser.add_argument(f"--{name}", type=float, help="seconds, in place of what was measured")
+    parser.add_argument("--mttf", nargs="+", metavar="GPUS=HOURS", help="in place of the published ones")
+    parser.add_argument("--failures", type=int, default=20_000, help="drawn for each check")
+    parser.add_argument("--png", type=Path, help="draw both curves")
+    parser.add_argument("--csv", type=Path, help="write both tables")
     words = parser.parse_args()
-    print(" ".join(f"{name}={value}" for name, value in machine().items()))
-    disturbances = replace(DISTURBED, speed=0.0, jitter=None) if words.still else DISTURBED
-    if words.video is not None:
-        disturbances = replace(disturbances, jitter=measured(words.video))
-    noise = (
-        "data always ready" if disturbances.jitter is None else f"{1e3 * disturbances.jitter.seconds:.2f} ms a frame"
-    )
-    print(f"{words.steps} steps, ranks within {disturbances.speed:.0%}, {noise}; goodput and losses in %")
-    for ranks, global_batch in BATCHES:
-        if ranks not in words.ranks:
-            continue
-        begin = time.perf_counter()
-        weights = np.array([bucket.weight for bucket in mixed_recipe(global_batch).data.buckets])
-        print(f"\n{ranks} ranks, {mesh_of(ranks)}, global batch {global_batch}")
-        print(
-            f"  {'':20} goodput {' '.join(f'{cause:>9}' for cause in Factors.__dataclass_fields__)}   samples/step p5, "
-            f"mean, p95, max/min; mixture off by (points)"
-        )
-        for name, found in contest(ranks, global_batch, words.steps, disturbances).items():
-            print(row_of(name, found, weights))
-        print(f"{split_line(ranks, global_batch)}; all took {time.perf_counter() - begin:.1f} s")
+    times, origin = Times(), "assumed"
+    if words.run is not None:
+        times, account, lines = measured(words.run, time.time())
+        origin = f"measured on {words.run}, whose own effective training time was {account.ratio:.1%}"
+        print("\n".join(lines))
+    given = {name: getattr(words, name) for name in Times.__dataclass_fields__ if getattr(words, name) is not None}
+    times = replace(times, **given)
+    points = parse_points(words.mttf) if words.mttf else PUBLISHED
+    print(f"times: {times} ({origin}{', ' + ', '.join(given) + ' as given' if given else ''})")
+    source = "as given" if words.mttf else "arXiv 2410.21680"
+    print(f"MTTF: {', '.join(f'{gpus} GPUs {hours:g} h' for gpus, hours in points)} ({source}), between them log-log")
+    print("failures: Poisson, any one ends the attempt; the same number of GPUs goes on")
+    for gpus in SIZES:
+        m = mttf(gpus, points)
+        tau = best_interval(times, m)
+        print(f"  {gpus:6} GPUs: MTTF {m / 3600:8.2f} h, save every {tau:7.0f} s, {effective(times, m, tau):.2%}")
+    over_restart = [(gpus, curve(times, "restart", RESTARTS, mttf(gpus, points))) for gpus in SIZES]
+    over_stall = [(gpus, curve(times, "stall", STALLS, mttf(gpus, points))) for gpus in SIZES]
+    table(f"effective training time, %, by restart time in s (stall {times.stall:g} s)", RESTARTS, over_restart)
+    table(f"effective training time, %, by stall of a save in s (restart {times.restart:g} s)", STALLS, over_stall)
+    print("\nformula against drawn failures:")
+    print("\n".join(check(times, list(SIZES), points, words.failures)))
+    if words.csv is not None:
+        with words.csv.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["over", "seconds", *(f"{gpus}_gpus" for gpus in SIZES)])
+            for name, values, rows in (("restart", RESTARTS, over_restart), ("stall", STALLS, over_stall)):
+                for index, value in enumerate(values):
+                    writer.writerow([name, value, *(f"{found[index]:.6f}" for _, found in rows)])
+    if words.png is not None:
+        from chart import Panel, draw
+
+        panels = [
+            Panel("restart time, s", RESTARTS, over_restart),
+            Panel("stall of a save, s", STALLS, over_stall),
+        ]
+        draw(words.png, "effective training time, %", panels)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None

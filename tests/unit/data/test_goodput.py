@@ -23,7 +23,7 @@ from framework.data.goodput import (
     simulate_draws,
 )
 
-BENCH = Path(__file__).parents[3] / "tools/bench/goodput.py"
+BENCH = Path(__file__).parents[3] / "tools/bench/balance.py"
 
 # Two ranks at 1 FLOP/s, a cost of tokens^2. A: a sample a rank. B: both ranks share a sample, 9 tokens padded to 10.
 A = BucketWork(tokens=10, cost=100, padded=100, size=4, parts=1, micro=1)
@@ -121,7 +121,7 @@ def test_a_log_normal_has_its_mean_and_percentile() -> None:
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_goodput", BENCH)
+    spec = importlib.util.spec_from_file_location("bench_balance", BENCH)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

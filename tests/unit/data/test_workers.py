@@ -197,10 +197,10 @@ def test_processes_end_when_the_parent_is_killed(tmp_path: Path) -> None:
 
 def test_stop_signals_do_not_reach_the_processes(small: bytes, pool: DecodePool, capfd: pytest.CaptureFixture) -> None:
     (process,) = children(os.getpid())  # just started: blocked from the first moment on
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(process, number)
     assert pool.submit(job(small)).result(timeout=60).shape == (3, 48, 64, 3)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(process, number)
     assert pool.submit(job(small)).result(timeout=60).shape == (3, 48, 64, 3)
     assert children(os.getpid()) == [process]

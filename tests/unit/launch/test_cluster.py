@@ -167,7 +167,8 @@ def test_one_wrong_key_makes_no_recipe_of_a_cluster(tmp_path: Path) -> None:
     assert "run=x" in refused(write(tmp_path / "c.yaml", "gpus: false\nrun: x"))
 
 
-def test_a_file_that_is_not_there_is_a_cluster() -> None:
+def test_a_file_that_is_not_there_is_a_cluster(tmp_path: Path) -> None:
+    assert "no such cluster" in refused(write(tmp_path / "heir.yaml", "base: gone.yaml"))
     assert "no such cluster" in refused(CLUSTERS / "plan.yaml") and "plain.yaml?" in refused(CLUSTERS / "plan.yaml")
 
 

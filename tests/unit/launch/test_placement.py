@@ -100,6 +100,7 @@ def test_tp_takes_its_part_of_the_domain(tmp_path: Path) -> None:
         (MeshShape(1, 1, 16, 2), LinkConfig(domain=72), 4),  # NVL72: 8 nodes of one rack
         (MeshShape(1, 4, 8, 1), LinkConfig(domain=8), 8),  # a ring across nodes is as it should be
         (MeshShape(1, 4, 8, 1), LinkConfig(domain=8, switch=4), 8),
+        (MeshShape(2, 2, 8, 1), LinkConfig(domain=8, switch=3), 8),  # hosts are ordered so that two nodes are under one
         (MeshShape(8, 1, 1, 1), LinkConfig(domain=8, switch=1), 1),
     ],
 )
@@ -174,8 +175,8 @@ def test_rests_meet_under_their_parent() -> None:
 
 
 def test_a_node_may_have_dots_in_its_name() -> None:
-    addresses = {"n1.site.org": "n1.site.org", "n2.site.org": "core.s0.n2.site.org"}
-    assert order_hosts(addresses) == ["n2.site.org", "n1.site.org"]
+    addresses = {"a.site.org": "a.site.org", "b.site.org": "core.s0.b.site.org"}
+    assert order_hosts(addresses) == ["b.site.org", "a.site.org"]
 
 
 @pytest.mark.parametrize(
