@@ -115,7 +115,8 @@ def test_bad_updates_in_a_row_go_back_and_pass_over_the_data(tmp_path: Path, wor
 
     # Data step 6 is taken after going back alone, and there is no new checkpoint by then.
     assert run_until_killed(ranks.train, 2, recipes["killed"], [], ranks.Death(6)) == [-signal.SIGKILL] * 2
-    run_ranks(ranks.train, 2, recipes["killed"], [])
+    # Nor does the next attempt take the bad data of step 4 once more.
+    run_ranks(ranks.train, 2, recipes["killed"], [], ranks.Death(4))
     assert numbers(tmp_path / "killed") == lines
     assert digests(folder_of(tmp_path / "killed", 9)) == expected
 
