@@ -15,6 +15,7 @@ from light_jobs import LightRun, light_run
 from slurm_lab import Lab
 
 from framework.launch.config import HealthConfig
+from framework.launch.submit import submit_all
 from framework.programs.config import WatchConfig
 
 
@@ -272,6 +273,32 @@ def bad_node_is_excluded_and_remembered(lab: Lab, folder: Path) -> None:
     assert lab.job(run.id)["ExcNodeList"] == name
 
 
+def slow_node_is_swapped(lab: Lab, folder: Path) -> None:
+    health = HealthConfig(level="off", times=3)
+    run = light_run(lab, folder, {"steps": 160, "slow": 1}, spare_nodes=1, health=health)
+    run.submit()
+    assert run.wait_finished(90).outcome == "done"
+    slow = run.events("launched")[0].nodes[1]  # type: ignore[index]
+    excluded, ended = run.last("excluded"), run.events("ended")[0]
+    assert excluded.node == slow and "2.00 times as long as the others" in str(excluded.reason)
+    assert (ended.outcome, ended.kind) == ("retry", "slow") and not run.events("requeued")
+    assert slow not in run.hosts and is_whole(run, 160) and run.resumed == ended.step
+
+
+def array_of_two(lab: Lab, folder: Path) -> None:
+    """A sweep: one array, runs of their own, of which each comes back by itself."""
+    runs = [light_run(lab, folder / name, {"steps": 100}, nodes=(1, 1)) for name in ("a", "b")]
+    ids = submit_all([run.job for run in runs])
+    assert [name.rpartition("_")[2] for name in ids] == ["0", "1"]
+    for run, name in zip(runs, ids, strict=True):
+        run.id = name
+    runs[1].wait_step(10)
+    lab.run("scancel", "--signal=USR2", ids[1])
+    assert [run.wait_finished(90).outcome for run in runs] == ["done", "done"]
+    assert [len(run.events("requeued")) for run in runs] == [0, 1]
+    assert all(is_whole(run, 100) for run in runs)
+
+
 SCENARIOS: Final = MappingProxyType(
     {
         each.__name__: each
@@ -283,6 +310,8 @@ SCENARIOS: Final = MappingProxyType(
             lost_node_with_a_spare,
             lost_node_of_an_elastic_run,
             bad_node_is_excluded_and_remembered,
+            slow_node_is_swapped,
+            array_of_two,
             preemption,
             requeued_by_an_operator,
             signal_during_a_save,

@@ -17,6 +17,7 @@ class Board:
     def __init__(self, *known: JobState) -> None:
         self.known = {state.job: state for state in known}
         self.cancelled: list[str] = []
+        self.warned: list[str] = []
 
     def job(self, job_id: str) -> JobState | None:
         return self.known.get(job_id)
@@ -26,6 +27,9 @@ class Board:
 
     def cancel(self, job_id: str) -> None:
         self.cancelled.append(job_id)
+
+    def warn(self, job_id: str) -> None:
+        self.warned.append(job_id)
 
 
 def write_run(

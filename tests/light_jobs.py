@@ -37,6 +37,7 @@ class Plan:
     start: float = 0.0
     error: str = ""
     crash: int = 0
+    slow: int = -1
 
 
 @dataclass

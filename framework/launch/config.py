@@ -19,6 +19,10 @@ class HealthConfig:
     tflops: of a GPU's bfloat16 matrix product; link, network: GB/s of an all-reduce within a node, and across; 0 =
     anything. command: of the site, run by a shell on each node; a status other than 0 means that the node is bad.
     timeout: seconds for all of it. expiry: hours for which a node that failed is left out.
+
+    While ranks run: slow, a node that takes so many times as long as the others for the same work, `times` measurements
+    in a row (`watch.probe_every` in the recipe), is left out from the next start on; where there is a spare node, that
+    start comes at once. 0 = never.
     """
 
     level: Literal["off", "basic", "full"] = "full"
@@ -33,12 +37,14 @@ class HealthConfig:
     command: str = ""
     timeout: float = 120.0
     expiry: float = 72.0
+    slow: float = 1.3
+    times: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("disk", "shm", "host", "clock", "memory", "tflops", "link", "network"):
+        for name in ("disk", "shm", "host", "clock", "memory", "tflops", "link", "network", "slow"):
             if getattr(self, name) < 0:
                 raise ValueError(f"health.{name}={getattr(self, name)} must be at least 0")
-        for name in ("timeout", "expiry"):
+        for name in ("timeout", "expiry", "times"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"health.{name}={getattr(self, name)} must be above 0")
 

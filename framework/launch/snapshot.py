@@ -13,17 +13,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Final
 
 from framework.run import COMMIT_FILE, SNAPSHOT_PREFIX, git_commit
-
-PACKAGE: Final = Path(__file__).resolve().parent.parent
 
 
 def take_snapshot(into: Path) -> Path:
     """Copy the running package; returns the folder to put on PYTHONPATH."""
     commit, files = git_commit() or "", package_files()
-    contents = {name: (PACKAGE / name).read_bytes() for name in files}
+    contents = {name: (package() / name).read_bytes() for name in files}
     folder = into / f"{SNAPSHOT_PREFIX}{content_hash(contents, commit)}"
     if folder.is_dir():
         return folder
@@ -31,7 +28,7 @@ def take_snapshot(into: Path) -> Path:
     staging = Path(tempfile.mkdtemp(prefix=".code-", suffix=".partial", dir=into))
     try:
         for name, content in contents.items():
-            write_read_only(staging / PACKAGE.name / name, content)
+            write_read_only(staging / package().name / name, content)
         write_read_only(staging / COMMIT_FILE, commit.encode())
         staging.chmod(0o755)
         staging.rename(folder)
@@ -43,11 +40,16 @@ def take_snapshot(into: Path) -> Path:
     return folder
 
 
+def package() -> Path:
+    """The folder of the running package."""
+    return Path(__file__).resolve().parents[1]
+
+
 def package_files() -> list[str]:
     """Paths below the package, in order."""
     return sorted(
-        str(path.relative_to(PACKAGE))
-        for path in PACKAGE.rglob("*")
+        str(path.relative_to(package()))
+        for path in package().rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".pyc", ".partial")
     )
 

@@ -13,7 +13,6 @@ LOST        its processes or its job are gone, and nobody said why
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median_low
 from typing import Final, Literal
 
 from framework.heartbeat import STARTING, Heartbeat
@@ -21,6 +20,7 @@ from framework.history import Event
 from framework.launch.account import Account, Attempt, account
 from framework.launch.facts import Facts, allowed_silence, newest_job, open_job, usual_step
 from framework.launch.queue import GONE, OVER
+from framework.launch.stragglers import SlowNode, slowest_node
 from framework.run import Verdict
 
 State = Literal[
@@ -40,14 +40,6 @@ State = Literal[
 ]
 ENDED: Final = ("DONE", "STOPPED", "FATAL", "CANCELLED", "LOST", "EMPTY")
 SLOW: Final = 1.15  # a node is named when its ranks take so many times the median
-
-
-@dataclass(frozen=True)
-class SlowNode:
-    """The slowest node, by its slowest rank, against the median of the nodes."""
-
-    node: str
-    factor: float
 
 
 @dataclass(frozen=True)
@@ -163,19 +155,6 @@ def phase_state(beat: Heartbeat | None, now: float, *, since: float) -> tuple[St
     if beat.phase in ("save", "end"):
         return "SAVING", ""
     return "RUNNING", "validation and samples" if beat.phase == "observe" else ""
-
-
-def slowest_node(compute: Sequence[float], nodes: Sequence[str]) -> SlowNode | None:
-    """compute: seconds of each rank for the same work, ranks of node i from i ranks_per_node on. Each node by its
-    slowest rank; None for fewer than two nodes, or ranks that don't divide among them.
-    """
-    if len(nodes) < 2 or not compute or len(compute) % len(nodes):
-        return None
-    each = len(compute) // len(nodes)
-    slow = [max(compute[i * each : (i + 1) * each]) for i in range(len(nodes))]
-    worst = max(range(len(nodes)), key=slow.__getitem__)
-    usual = median_low(slow)  # of two nodes the faster
-    return SlowNode(nodes[worst], slow[worst] / usual) if usual > 0 else None
 
 
 def count_restarts(events: Sequence[Event]) -> tuple[int, int]:

@@ -28,8 +28,9 @@ from framework.launch.nodes import nodes_path, remember
 from framework.launch.placement import order_hosts, usable_nodes
 from framework.launch.script import python_of
 from framework.launch.step import Step, start_step
+from framework.launch.stragglers import SlowNode, Stragglers
 from framework.launch.variables import rank_environment
-from framework.launch.verdict import Ended, Evidence, Next, decide, judge, lost_nodes
+from framework.launch.verdict import Ended, Evidence, Next, decide, judge, lost_nodes, slow_words
 from framework.launch.watch import watch_step
 from framework.log import line
 from framework.run import Run, latest_attempt, read_verdict
@@ -61,13 +62,14 @@ class Told:
 
 @dataclass
 class Supervisor:
-    """One start of a job. bad: nodes of the allocation that aren't used any more, with why."""
+    """One start of a job. bad: nodes of the allocation that aren't used any more, with why; avoided: slow ones."""
 
     job: Job
     allocation: Allocation
     nodes: tuple[str, ...]
     told: Told
     bad: dict[str, str] = field(default_factory=dict)
+    avoided: set[str] = field(default_factory=set)
     deputy: Step | None = None
 
     @property
@@ -147,7 +149,12 @@ class Supervisor:
         step = start_step(
             self.job, self.allocation.job, hosts, self.job.command, tasks_a_node=ranks, logs=logs, own=own
         )
-        hang = watch_step(step, run, self.job.watch)
+        health = self.job.cluster.health
+        swap = len(self._left()) > self.job.nodes[0]
+        stragglers = Stragglers(hosts, limit=health.slow, times=health.times)
+        seen = watch_step(step, run, self.job.watch, stragglers, swap=swap)
+        if seen.slow is not None and not swap:
+            self._avoid(seen.slow)
         verdict = read_verdict(run)
         if verdict is not None and verdict.signal == signal.SIGTERM:
             self.told.wait()
@@ -159,7 +166,8 @@ class Supervisor:
                 verdict=verdict,
                 failure=first_failure(run.failures),
                 beat=read_heartbeat(run),
-                hang=hang,
+                hang=seen.hang,
+                slow=seen.slow if swap else None,
                 lost=tuple(node for node in hosts if node in lost),
                 told=self.told.yes,
                 cancelled=self._is_cancelled(),
@@ -196,6 +204,13 @@ class Supervisor:
             cluster = self.job.cluster
             remember(nodes_path(cluster), node, reason, time.time(), cluster.health.expiry)
 
+    def _avoid(self, slow: SlowNode) -> None:
+        """Use a slow node while there is none to take its place, but not in the next start of any job."""
+        cluster = self.job.cluster
+        self.avoided.add(slow.node)
+        self.history.add(replace(self._event("excluded"), node=slow.node, reason=slow_words(slow)))
+        remember(nodes_path(cluster), slow.node, slow_words(slow), time.time(), cluster.health.expiry)
+
     def _told_before_start(self) -> int:
         if self._is_cancelled():
             return self._finish("cancelled", "cancelled before ranks were started")
@@ -218,7 +233,7 @@ class Supervisor:
         if self.told.yes:  # the scheduler has done so by itself
             return 0
         try:
-            slurm.requeue(self.allocation.job, sorted({*self.job.exclude, *self.bad}))
+            slurm.requeue(self.allocation.job, sorted({*self.job.exclude, *self.bad, *self.avoided}))
         except OSError as error:
             return self._finish("retry", f"{error}; {following.reason}")
         return 0

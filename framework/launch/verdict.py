@@ -21,6 +21,7 @@ from typing import Final
 from framework.failure import Failure
 from framework.heartbeat import STARTING, Heartbeat
 from framework.history import Event, Outcome
+from framework.launch.stragglers import SlowNode
 from framework.run import Verdict
 
 # srun: error: node1: task 3: Killed            srun: error: node1: tasks 2-3: Exited with exit code 1
@@ -44,7 +45,8 @@ class Hang:
 @dataclass(frozen=True)
 class Evidence:
     """What is known of an attempt that is over. srun: what the step's client printed. lost: nodes that the scheduler
-    holds for gone. told: whether this job was told to end (SIGTERM), and cancelled, whether for good.
+    holds for gone. slow: a node for whose sake this attempt was stopped. told: whether this job was told to end
+    (SIGTERM), and cancelled, whether for good.
     """
 
     status: int
@@ -53,6 +55,7 @@ class Evidence:
     failure: Failure | None = None
     beat: Heartbeat | None = None
     hang: Hang | None = None
+    slow: SlowNode | None = None
     lost: tuple[str, ...] = ()
     told: bool = False
     cancelled: bool = False
@@ -81,6 +84,9 @@ def judge(seen: Evidence) -> Ended:
     if seen.cancelled:
         how = f"step {verdict.step} is saved" if verdict is not None else "nothing was saved for it"
         return Ended("cancelled", f"cancelled; {how}", saved)
+    if seen.slow is not None and verdict is not None:
+        reason = f"{slow_words(seen.slow)}: step {verdict.step} is saved, to go on without it"
+        return Ended("retry", reason, saved, bad=(seen.slow.node,), kind="slow")
     if verdict is not None:
         name = Signals(verdict.signal).name if verdict.signal else "a signal"
         return Ended("preempted", f"{name}: every rank saved step {verdict.step}", saved)
@@ -99,6 +105,11 @@ def judge(seen: Evidence) -> Ended:
     if seen.failure is not None:
         return failed(seen.failure, beat, saved)
     return Ended("retry", f"the step ended with status {seen.status}: {tail(seen.srun)}", saved, kind="unknown")
+
+
+def slow_words(slow: SlowNode) -> str:
+    """What is said of a slow node."""
+    return f"{slow.node} takes {slow.factor:.2f} times as long as the others"
 
 
 def hung(hang: Hang, saved: int) -> Ended:

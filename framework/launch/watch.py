@@ -5,12 +5,14 @@ A start, a step and a save each have a limit of their own (`watch` in the recipe
 """
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from framework.heartbeat import STARTING, Heartbeat, read_heartbeat
 from framework.launch.step import Step
-from framework.launch.verdict import Hang
+from framework.launch.stragglers import SlowNode, Stragglers
+from framework.launch.verdict import Hang, slow_words
 from framework.log import line
 from framework.programs.config import WatchConfig
 from framework.run import Run
@@ -35,30 +37,47 @@ def silence(beat: Heartbeat | None, began: float, now: float) -> float:
     return now - (began if beat is None or beat.phase in STARTING else beat.since)
 
 
-def watch_step(step: Step, run: Run, watch: WatchConfig) -> Hang | None:
-    """Wait until a step has ended. One that hangs, or lingers after a failure, is ended."""
+@dataclass
+class Seen:
+    """What was seen of a step. slow: nodes that were slow for long."""
+
+    hang: Hang | None = None
+    slow: SlowNode | None = None
+
+
+def watch_step(step: Step, run: Run, watch: WatchConfig, stragglers: Stragglers, *, swap: bool) -> Seen:
+    """Wait until a step has ended. One that hangs, or lingers after a failure, is ended. swap: whether ranks are to
+    save and end for the sake of a slow node.
+    """
     read, failed = 0.0, 0.0
     beat: Heartbeat | None = None
+    seen = Seen()
     while step.client.poll() is None:
         time.sleep(LOOK)
         now = time.time()
         if now - read < READ:
             continue
         read, beat = now, read_heartbeat(run) or beat
+        if beat is not None and (slow := stragglers.see(beat.compute)) is not None:
+            seen.slow = slow
+            line(slow_words(slow))
+            if swap:
+                step.signal("USR2")
         if not failed and any(run.failures.iterdir()):
             failed = now
         if failed and now - failed > LINGER:
             line(f"a rank failed {LINGER:g} s ago and others haven't ended: ending them")
             step.end()
-            return None
+            return seen
         phase, limit = limit_of(beat, watch)
         quiet = silence(beat, step.began, now)
         if quiet > limit:
             line(f"nothing heard for {quiet:.1f} s in phase {phase}, its limit is {limit:g}: asking for stacks")
             silent = dump(step, run)
             step.end()
-            return Hang(phase, quiet, limit, MappingProxyType({rank: step.node_of(rank) for rank in silent}))
-    return None
+            seen.hang = Hang(phase, quiet, limit, MappingProxyType({rank: step.node_of(rank) for rank in silent}))
+            return seen
+    return seen
 
 
 def dump(step: Step, run: Run) -> list[int]:

@@ -55,7 +55,7 @@ def test_a_job_that_runs(tmp_path: Path) -> None:
     board = Board(JobState("7", "RUNNING"))
     lines = list(cancel(read_facts(path, 1470.0, board), board))
     assert lines[0] == "job 7 is being cancelled: its ranks finish their step, save and end"
-    assert board.cancelled == ["7"]
+    assert (board.warned, board.cancelled) == (["7"], [])
     assert [(event.event, event.job) for event in History(path).events()][-1] == ("cancelled", "7")
 
 
@@ -137,4 +137,4 @@ def test_the_verbs_with_slurms_commands(
     assert found[3:] == ["jobs of yours that are no run's here:", "  8  PENDING  a|b  Resources"]
     call("cancel", str(path))
     calls = (folder / "calls").read_text().splitlines()
-    assert calls == ["show job -o 9", "show job -o 7", "show job -o 7", "scancel 7"]
+    assert calls == ["show job -o 9", "show job -o 7", "show job -o 7", "scancel --signal=USR2 7"]

@@ -15,7 +15,8 @@ from framework.history import Event
 from framework.launch.facts import find_runs, read_facts
 from framework.launch.page import as_json, overview, page
 from framework.launch.queue import GONE, JobState, Scheduler, parse_job
-from framework.launch.status import Status, is_ended, slowest_node, status_of
+from framework.launch.status import Status, is_ended, status_of
+from framework.launch.stragglers import Stragglers, slowest_node
 from framework.run import Verdict
 
 WAITS, STARTS, BEGINS = LAUNCHED
@@ -209,3 +210,14 @@ def test_a_line_of_scontrol() -> None:
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no run directory"):
         read_facts(tmp_path, 0.0)
+
+
+def test_a_node_that_stays_slow() -> None:
+    seen = Stragglers(("a", "b", "c"), limit=1.3, times=3)
+    slow = [(1.0 + i / 1000, 2.0, 1.0) for i in range(4)]
+    assert [seen.see(each) for each in (slow[0], slow[0], slow[1])] == [None] * 3  # the same measurement counts once
+    found = seen.see(slow[2])
+    assert found is not None and found.node == "b" and seen.see(slow[3]) is None  # said once
+    seen = Stragglers(("a", "b", "c"), limit=1.3, times=2)
+    assert [seen.see(each) for each in (slow[0], (1.0, 1.2, 1.0), slow[1])] == [None] * 3  # not in a row
+    assert seen.see(slow[2]) is not None
