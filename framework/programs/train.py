@@ -146,7 +146,7 @@ def train(invocation: Resolved, env: Environment, heart: Heart | None = None, st
         raise RuntimeError(f"the run {run.path} failed: {error}") from error
     finally:
         gc.enable()
-        saver.close()
+        saver.close(recipe.watch.save)
         parts.loader.close()
         report.close()
         metrics.close()
