@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from framework.checkpoint import writer
 from framework.environment import Environment, StopFlag
 from framework.failure import kind_of
 from framework.heartbeat import Heart
@@ -27,7 +28,16 @@ def supervised(env: Environment, recipe: Path, overrides: list[str], attempt: in
 
 
 def hang(env: Environment, recipe: Path, overrides: list[str], step: int) -> tuple[str, float]:
-    """Rank 1 is stopped in a step. What the others make of it, and after how many seconds."""
+    """Rank 1 is stopped in a step, and in a save where one is under way, for its files take a second. What the others
+    make of it, and after how many seconds.
+    """
+    write = writer.write_file
+
+    def slow(*args: Any) -> Any:
+        time.sleep(env.rank)
+        return write(*args)
+
+    writer.write_file = slow
     original, begun = program.optimizer_step, [0.0]
 
     def stops(parts: Any, work: Any) -> Any:

@@ -8,7 +8,7 @@ A save that fails on any rank is tried again on all of them, from the copy.
 """
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from queue import SimpleQueue
 
@@ -88,9 +88,13 @@ class Saver:
         if self._failure is not None:
             raise RunFailure(self._failure.message)
 
-    def close(self) -> None:
-        """Let a save that is on its way end, whatever else has happened."""
-        self._thread.shutdown(wait=True)
+    def close(self, patience: float | None = None) -> None:
+        """Let a save that is on its way end, whatever else has happened. patience: seconds to wait for it at most; it
+        may never end where another rank hangs.
+        """
+        self._thread.shutdown(wait=False)
+        if self._running is not None:
+            wait([self._running], timeout=patience)
 
     def _persist(self, progress: Progress, stalled: float, waited: float) -> None:
         """On the thread: write, commit, try again."""

@@ -136,7 +136,7 @@ def go_on(opened: Opened, before: Ended | None, *, heart: Heart, stop: StopFlag)
         raise RuntimeError(f"the run {run.path} failed: {error}") from error
     finally:
         gc.enable()
-        saver.close()
+        saver.close(recipe.watch.save)
         parts.loader.close()
         report.close()
         metrics.close()
