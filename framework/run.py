@@ -64,7 +64,8 @@ BOUND = ("checkpoint.store", "train.trainable")  # not free although the above m
 
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity"
-SNAPSHOT_PREFIX, COMMIT_FILE = "code-", "commit"  # of a copy of this package, launch/snapshot.py
+SNAPSHOT_PREFIX = "code-"  # of a copy of this package, launch/snapshot.py
+COMMIT_FILE = "commit"
 
 
 class RunFailure(RuntimeError):
