@@ -65,8 +65,7 @@ BOUND = ("checkpoint.store", "train.trainable")  # not free although the above m
 
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity"
-# of a copy of this package, launch/snapshot.py
-SNAPSHOT_PREFIX = "code-"
+SNAPSHOT_PREFIX = "code-"  # of a copy of this package, launch/snapshot.py
 COMMIT_FILE = "commit"
 
 

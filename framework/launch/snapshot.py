@@ -17,10 +17,15 @@ from pathlib import Path
 from framework.run import COMMIT_FILE, SNAPSHOT_PREFIX, git_commit
 
 
+def package() -> Path:
+    """The folder of the running package."""
+    return Path(__file__).resolve().parents[1]
+
+
 def take_snapshot(into: Path) -> Path:
     """Copy the running package; returns the folder to put on PYTHONPATH."""
-    commit, files = git_commit() or "", package_files()
-    contents = {name: (package() / name).read_bytes() for name in files}
+    commit, root = git_commit() or "", package()
+    contents = {name: (root / name).read_bytes() for name in package_files()}
     folder = into / f"{SNAPSHOT_PREFIX}{content_hash(contents, commit)}"
     if folder.is_dir():
         return folder
@@ -28,7 +33,7 @@ def take_snapshot(into: Path) -> Path:
     staging = Path(tempfile.mkdtemp(prefix=".code-", suffix=".partial", dir=into))
     try:
         for name, content in contents.items():
-            write_read_only(staging / package().name / name, content)
+            write_read_only(staging / root.name / name, content)
         write_read_only(staging / COMMIT_FILE, commit.encode())
         staging.chmod(0o755)
         staging.rename(folder)
@@ -40,16 +45,12 @@ def take_snapshot(into: Path) -> Path:
     return folder
 
 
-def package() -> Path:
-    """The folder of the running package."""
-    return Path(__file__).resolve().parents[1]
-
-
 def package_files() -> list[str]:
     """Paths below the package, in order."""
+    root = package()
     return sorted(
-        str(path.relative_to(package()))
-        for path in package().rglob("*")
+        str(path.relative_to(root))
+        for path in root.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".pyc", ".partial")
     )
 
