@@ -43,8 +43,8 @@ Seen = tuple[int, str, str]
 
 @dataclass(frozen=True)
 class Plan:
-    """One attempt: a recipe with overrides, the step that it starts from, its ranks, and where the store is: a fork server
-    that has been started earlier has an older environment.
+    """One attempt: a recipe with overrides, the step that it starts from, its ranks, and where the store is: a fork
+    server that has been started earlier has an older environment.
     """
 
     recipe: Path
