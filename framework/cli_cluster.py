@@ -18,23 +18,27 @@ def doctor(
     recipe: Annotated[
         Path | None, typer.Option(help="Also what this recipe needs: data, checkpoints, a start.")
     ] = None,
-    cluster: Annotated[Path | None, typer.Option(help="Cluster file: its scratch, and its bad nodes.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="Cluster file: every free node of it, and its bad ones.")] = None,
     scratch: Annotated[str | None, typer.Option(help="Directory on this machine's own disk.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON list, in one line.")] = False,
 ) -> None:
     """What this machine has of what a run needs, and the fix of what it hasn't. Exit status 1 with problems."""
     from framework.launch.cluster import load_cluster
     from framework.launch.doctor import doctor_here
-    from framework.launch.doctor_report import bad_node_lines, has_problem, lines_of, to_json
+    from framework.launch.doctor_report import doctor_cluster, has_problem, lines_of, to_json, to_json_by_node
+    from framework.launch.visit import run_on_nodes
 
-    described = None if cluster is None else load_cluster(cluster)
-    found = doctor_here(recipe, scratch or (described.scratch if described else "/tmp"))
-    for line in [to_json(found)] if json else lines_of(found):
+    if cluster is None:
+        found = doctor_here(recipe, scratch or "/tmp")
+        lines = [to_json(found)] if json else lines_of(found)
+        bad = has_problem(found)
+    else:
+        lines, by_node = doctor_cluster(load_cluster(cluster), run_on_nodes, recipe=recipe, now=time.time())
+        lines = [to_json_by_node(by_node)] if json else lines
+        bad = any(has_problem(found) for found in by_node.values())
+    for line in lines:
         log.line(line)
-    if described is not None and not json:
-        for line in ["", *bad_node_lines(described, time.time())]:
-            log.line(line)
-    if has_problem(found):
+    if bad:
         raise typer.Exit(1)
 
 

@@ -20,6 +20,10 @@ def to_json(found: Sequence[Finding]) -> str:
     return json.dumps([asdict(finding) for finding in found])
 
 
+def to_json_by_node(found: Mapping[str, Sequence[Finding]]) -> str:
+    return json.dumps({node: [asdict(finding) for finding in each] for node, each in found.items()})
+
+
 def from_json(text: str) -> list[Finding]:
     """Raises ValueError for anything else."""
     try:

@@ -11,13 +11,15 @@ GONE: Final = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN")
 FIELD: Final = re.compile(r"(\w+)=(\S*)")
 
 
-def call(words: Sequence[str], *, seconds: float = SECONDS) -> str:
-    """Standard output of a command. Raises OSError with what it said where it failed, or took too long."""
+def call(words: Sequence[str], *, seconds: float = SECONDS, status: int | None = 0) -> str:
+    """Standard output of a command. Raises OSError with what it said where it failed, or took too long. status: that it
+    must end with, None = any.
+    """
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         raise OSError(f"`{' '.join(words)}` gave no answer within {seconds:g} s") from None
-    if done.returncode:
+    if status is not None and done.returncode != status:
         raise OSError(f"`{' '.join(words)}` failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
