@@ -1,0 +1,31 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --comment=/shared/runs/a
+#SBATCH --cpus-per-task=12
+#SBATCH --dependency=afterok:17
+#SBATCH --error=/shared/runs/a/jobs/0000/%j.log
+#SBATCH --exclude=n7,n9
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=h100:8
+#SBATCH --job-name=cuboid-a
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=0
+#SBATCH --no-kill
+#SBATCH --nodes=3-5
+#SBATCH --ntasks-per-node=8
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/a/jobs/0000/%j.log
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=USR2@180
+#SBATCH --time=24:00:00
+
+# setup
+module load cuda
+export PYTHONSAFEPATH=1 PYTHONPATH=/shared/runs/a/jobs/code-0123456789ab${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+exec /opt/python -u -m submitit.core._submit /shared/runs/a/jobs/0000
+

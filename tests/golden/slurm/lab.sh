@@ -1,0 +1,22 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --comment=/shared/runs/a
+#SBATCH --cpus-per-task=2
+#SBATCH --error=/shared/runs/a/jobs/0000/%j.log
+#SBATCH --job-name=cuboid-a
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/a/jobs/0000/%j.log
+#SBATCH --requeue
+#SBATCH --signal=USR2@60
+#SBATCH --time=00:30:00
+
+# setup
+export PYTHONSAFEPATH=1 PYTHONPATH=/shared/runs/a/jobs/code-0123456789ab${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+exec /opt/python -u -m submitit.core._submit /shared/runs/a/jobs/0000
+
