@@ -117,7 +117,6 @@ def preempted_run_equals_the_local_one(lab: Lab, folder: Path) -> None:
     assert losses(run) == losses(local) and len(losses(run)) == 200
     beat = read_heartbeat(Run(run, 1))
     assert beat is not None and beat.resumed == stopped.step
-    assert sum(beat.seconds[phase] for phase in ("init", "build", "first_step")) < 3 * 5
     status = json.loads(desk.cuboid("status", str(run), "--json"))
     assert status["state"] == "DONE"
     text = desk.cuboid("status", str(run))
