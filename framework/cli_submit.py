@@ -1,5 +1,6 @@
 """`cuboid submit`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from framework import log
 from framework.launch.cluster import load_cluster
 from framework.launch.job import Job
 from framework.launch.script import script_of
+from framework.launch.snapshot import snapshot_path
 from framework.launch.submit import Request, build_job, check_free, submit_all, summary, write_job
 from framework.launch.sweep import read_sweep
 from framework.recipe import load_recipe
@@ -40,7 +42,9 @@ def submit(
         if number <= 0:
             for note in (*invocation.notes, *notes):
                 log.line(note)
-        if not dry_run:
+        if dry_run:
+            job = replace(job, code=str(snapshot_path(Path(job.folder).parent)))
+        else:
             check_free(Path(job.run))
             job = write_job(job, invocation.recipe)
         jobs.append(job)

@@ -327,7 +327,7 @@ def lineage(path: Path, overrides: tuple[str, ...]) -> dict[str, object]:
 def versions() -> dict[str, str]:
     """Of the packages that a run depends on."""
     flash = [FLASH_DISTRIBUTIONS[generation] for generation in installed_flash()]
-    packages = ("cuboid", "torch", "deepspeed", "mosaicml-streaming", "einops", "omegaconf", "numpy")
+    packages = ("cuboid", "torch", "deepspeed", "mosaicml-streaming", "submitit", "einops", "omegaconf", "numpy")
     return {name: metadata.version(name) for name in (*packages, *flash)}
 
 

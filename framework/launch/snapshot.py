@@ -22,10 +22,19 @@ def package() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
+def read_package() -> dict[str, bytes]:
+    """The contents of every file."""
+    return {name: (package() / name).read_bytes() for name in package_files()}
+
+
+def snapshot_path(into: Path) -> Path:
+    """Where the copy of the running package would be."""
+    return into / f"{SNAPSHOT_PREFIX}{content_hash(read_package(), git_commit() or '')}"
+
+
 def take_snapshot(into: Path) -> Path:
     """Copy the running package; returns the folder to put on PYTHONPATH."""
-    commit, root = git_commit() or "", package()
-    contents = {name: (root / name).read_bytes() for name in package_files()}
+    commit, root, contents = git_commit() or "", package(), read_package()
     folder = into / f"{SNAPSHOT_PREFIX}{content_hash(contents, commit)}"
     if folder.is_dir():
         return folder
