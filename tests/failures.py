@@ -299,6 +299,17 @@ def array_of_two(lab: Lab, folder: Path) -> None:
     assert all(is_whole(run, 100) for run in runs)
 
 
+def every_node_is_bad(lab: Lab, folder: Path) -> None:
+    """A check that fails everywhere: no node is to blame alone, and nothing goes round for ever."""
+    health = HealthConfig(level="basic", disk=0.0, command="echo no module; false")
+    run = light_run(lab, folder, {"steps": 12}, nodes=(1, 1), health=health)
+    run.submit()
+    finished = run.wait_finished(90)
+    assert finished.outcome == "fatal" and "gave up after 2 failures" in str(finished.reason)
+    assert "no module" in str(finished.reason) and not run.events("launched")
+    assert len(run.events("started")) == 2 and not (folder / "nodes.json").exists()
+
+
 SCENARIOS: Final = MappingProxyType(
     {
         each.__name__: each
@@ -310,6 +321,7 @@ SCENARIOS: Final = MappingProxyType(
             lost_node_with_a_spare,
             lost_node_of_an_elastic_run,
             bad_node_is_excluded_and_remembered,
+            every_node_is_bad,
             slow_node_is_swapped,
             array_of_two,
             preemption,

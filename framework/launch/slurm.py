@@ -50,6 +50,15 @@ def is_silent(node: str) -> bool:
         return False
 
 
+def num_nodes(partition: str) -> int:
+    """Nodes of a partition, or of all of them; many where nobody says."""
+    where = [f"--partition={partition}"] if partition else []
+    try:
+        return len(set(call(["sinfo", "--noheader", "--Node", "--format=%N", *where]).split()))
+    except OSError:
+        return 1 << 30
+
+
 def gone_nodes(nodes: Sequence[str]) -> tuple[str, ...]:
     """Those of some nodes that the scheduler holds for lost. Nobody, where it doesn't answer."""
     try:

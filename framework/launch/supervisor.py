@@ -9,6 +9,7 @@ RUN/jobs/history.jsonl.
 
 import signal
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,13 +23,14 @@ from framework.heartbeat import read_heartbeat
 from framework.history import Event, EventName, History, Outcome, now
 from framework.launch import slurm
 from framework.launch.checkup import check_nodes
+from framework.launch.config import time_seconds
 from framework.launch.deputy import stay_alive
 from framework.launch.job import Job
 from framework.launch.nodes import nodes_path, remember
 from framework.launch.placement import order_hosts, usable_nodes
 from framework.launch.script import python_of
 from framework.launch.step import Step, start_step
-from framework.launch.stragglers import SlowNode, Stragglers
+from framework.launch.stragglers import Stragglers
 from framework.launch.variables import rank_environment
 from framework.launch.verdict import Ended, Evidence, Next, decide, judge, lost_nodes, slow_words
 from framework.launch.watch import watch_step
@@ -71,6 +73,7 @@ class Supervisor:
     bad: dict[str, str] = field(default_factory=dict)
     avoided: set[str] = field(default_factory=set)
     deputy: Step | None = None
+    began: float = field(default_factory=time.time)
 
     @property
     def path(self) -> Path:
@@ -82,17 +85,14 @@ class Supervisor:
 
     def run(self) -> int:
         """Until nothing follows here. The batch script's exit status."""
-        self.history.add(replace(self._event("started"), restart=self.allocation.restart, nodes=self.nodes))
+        self._note(replace(self._event("started"), restart=self.allocation.restart, nodes=self.nodes))
         while True:
-            hosts = self._hosts()
-            if self.told.yes or self._is_cancelled():
-                return self._told_before_start()
-            if hosts is None:
-                return self._requeue(Next("requeue", "retry", self._too_few()))
-            self._have_deputy(hosts)
             past = self.history.events()
             try:
-                ended = self._attempt(hosts)
+                hosts = self._hosts()
+                if self.told.yes or self._is_cancelled():
+                    return self._told_before_start()
+                ended = Ended("retry", self._too_few(), kind="nodes") if hosts is None else self._attempt(hosts)
             except ValueError as error:
                 return self._finish("fatal", str(error))
             except OSError as error:
@@ -102,28 +102,37 @@ class Supervisor:
                 return 1
             self._note_end(ended)
             for node in ended.bad:
-                self._exclude(node, ended.reason)
+                self._exclude(node, ended.reason, remembered=ended.kind != "node")
             if ended.suspect and repeats(past, ended.suspect):
                 self._exclude(ended.suspect, f"at fault twice in a row: {ended.reason}")
             limits = self.job.cluster
-            following = decide(ended, past, restarts=limits.restarts, requeues=limits.requeues)
+            restarts = 0 if ended.kind == "nodes" else limits.restarts
+            following = decide(ended, past, restarts=restarts, requeues=limits.requeues)
             if following.what == "finish":
                 return self._finish(following.outcome, following.reason, step=ended.step)
             if following.what == "requeue":
                 return self._requeue(following)
             line(f"starting again on the nodes that are left: {following.reason}")
 
+    def fail(self, trace: str) -> int:
+        """The end of a job whose supervisor itself went wrong."""
+        line(trace)
+        return self._finish("fatal", f"the supervisor failed: {trace.strip().splitlines()[-1]}")
+
     def _hosts(self) -> tuple[str, ...] | None:
         """The nodes of the next attempt, in the order of the ranks; None where too few are left."""
         for node in slurm.gone_nodes(self._left()):
-            self._exclude(node, "lost, says the scheduler")
+            self._exclude(node, "lost, says the scheduler", remembered=False)
         left = self._left()
         switches = dict.fromkeys(left, "")
         if left and self.job.cluster.health.level != "off":
-            for report in check_nodes(self.job, self.allocation, left):
+            reports = check_nodes(self.job, self.allocation, left)
+            # Where all fail, it is as likely to be what they share: they are tried again, and nobody remembers them.
+            some = not all(report.problems for report in reports)
+            for report in reports:
                 switches[report.node] = report.switch
                 for problem in report.problems[:1]:
-                    self._exclude(report.node, problem)
+                    self._exclude(report.node, problem, remembered=some)
         healthy = {node: switches[node] for node in self._left()}
         (fewest, most), ranks, mesh = self.job.nodes, self.job.cluster.ranks_per_node, self.job.mesh
         if len(healthy) < fewest:
@@ -134,9 +143,10 @@ class Supervisor:
 
     def _attempt(self, hosts: tuple[str, ...]) -> Ended:
         """Start ranks, watch them, and say how it ended."""
+        self._have_deputy(hosts)
         run = Run(self.path, claim_attempt(self.path, open_storage(self.job.store)))
         ranks = self.job.cluster.ranks_per_node
-        self.history.add(replace(self._event("launched"), attempt=run.attempt, nodes=hosts, ranks=len(hosts) * ranks))
+        self._note(replace(self._event("launched"), attempt=run.attempt, nodes=hosts, ranks=len(hosts) * ranks))
         line(f"attempt {run.attempt}: {len(hosts) * ranks} ranks on {' '.join(hosts)}")
         run.failures.mkdir(exist_ok=True)
         own = {
@@ -153,8 +163,9 @@ class Supervisor:
         swap = len(self._left()) > self.job.nodes[0]
         stragglers = Stragglers(hosts, limit=health.slow, times=health.times)
         seen = watch_step(step, run, self.job.watch, stragglers, swap=swap)
-        if seen.slow is not None and not swap:
-            self._avoid(seen.slow)
+        if seen.slow is not None and not swap:  # used on, as there is none to take its place
+            self._note(replace(self._event("excluded"), node=seen.slow.node, reason=slow_words(seen.slow)))
+            self._avoid(seen.slow.node, slow_words(seen.slow))
         verdict = read_verdict(run)
         if verdict is not None and verdict.signal == signal.SIGTERM:
             self.told.wait()
@@ -184,7 +195,14 @@ class Supervisor:
         command = (python_of(self.job.cluster), "-m", "framework.launch.deputy", *words)
         logs = folder / "deputy"
         self.deputy = start_step(
-            self.job, self.allocation.job, (others[0],), command, tasks_a_node=1, logs=logs, own={}, tolerant=True
+            replace(self.job, cluster=replace(self.job.cluster, srun=[])),  # where scontrol is: outside any container
+            self.allocation.job,
+            (others[0],),
+            command,
+            tasks_a_node=1,
+            logs=logs,
+            own={},
+            tolerant=True,
         )
 
     def _left(self) -> tuple[str, ...]:
@@ -195,21 +213,34 @@ class Supervisor:
         bad = "; ".join(f"{node}: {why}" for node, why in self.bad.items())
         return f"{len(self._left())} of {len(self.nodes)} nodes are left, {self.job.nodes[0]} are needed ({bad})"
 
-    def _exclude(self, node: str, reason: str) -> None:
-        """Use a node no more, neither here nor, for a time, in other jobs."""
+    def _exclude(self, node: str, reason: str, *, remembered: bool = True) -> None:
+        """Use a node no more in this start. remembered: nor, for a time, in any other; a node that the scheduler holds
+        for lost it keeps away by itself.
+        """
         if node not in self.bad:
             self.bad[node] = reason
-            self.history.add(replace(self._event("excluded"), node=node, reason=reason))
+            self._note(replace(self._event("excluded"), node=node, reason=reason))
             line(f"{node} isn't used any more: {reason}")
-            cluster = self.job.cluster
-            remember(nodes_path(cluster), node, reason, time.time(), cluster.health.expiry)
+            if remembered:
+                self._avoid(node, reason)
 
-    def _avoid(self, slow: SlowNode) -> None:
-        """Use a slow node while there is none to take its place, but not in the next start of any job."""
+    def _avoid(self, node: str, reason: str) -> None:
+        """Keep away from a node in later starts."""
         cluster = self.job.cluster
-        self.avoided.add(slow.node)
-        self.history.add(replace(self._event("excluded"), node=slow.node, reason=slow_words(slow)))
-        remember(nodes_path(cluster), slow.node, slow_words(slow), time.time(), cluster.health.expiry)
+        self.avoided.add(node)
+        try:
+            remember(nodes_path(cluster), node, reason, time.time(), cluster.health.expiry)
+        except (OSError, ValueError) as error:
+            line(f"can't remember {node} as bad: {error}")
+
+    def _left_out(self) -> list[str]:
+        """The nodes to keep away from in the queue; none where too few would be left of the cluster."""
+        names = sorted({*self.job.exclude, *self.avoided})
+        left = slurm.num_nodes(self.job.cluster.sbatch.get("partition", "")) - len(names)
+        if names and left < self.job.wanted[0]:
+            line(f"{', '.join(names)} are not left out, though bad: too few others are there")
+            return []
+        return names
 
     def _told_before_start(self) -> int:
         if self._is_cancelled():
@@ -220,7 +251,11 @@ class Supervisor:
         """Whether a person has said so (`cuboid cancel`), or this job was told to end and isn't to come back."""
         job, restart = self.allocation.job, self.allocation.restart
         asked = any(event.event == "cancelled" and event.job == job for event in self.history.events())
-        return asked or (self.told.yes and not slurm.comes_back(job, restart))
+        return asked or (self.told.yes and not self._is_out_of_time() and not slurm.comes_back(job, restart))
+
+    def _is_out_of_time(self) -> bool:
+        """Whether the scheduler ends this job for its limit: what was to save ahead of it took too long."""
+        return time.time() > self.began + time_seconds(self.job.cluster.time) - MOMENT
 
     def _is_replaced(self) -> bool:
         """Whether this is what is left of a start whose node the scheduler holds for lost: nobody told it to end."""
@@ -228,25 +263,25 @@ class Supervisor:
 
     def _requeue(self, following: Next) -> int:
         """Back into the queue, without the bad nodes. A status other than 0 where the scheduler refuses."""
-        self.history.add(replace(self._event("requeued"), outcome=following.outcome, reason=following.reason))
+        self._note(replace(self._event("requeued"), outcome=following.outcome, reason=following.reason))
         line(f"back into the queue: {following.reason}")
-        if self.told.yes:  # the scheduler has done so by itself
+        if self.told.yes and not self._is_out_of_time():  # the scheduler has done so by itself
             return 0
         try:
-            slurm.requeue(self.allocation.job, sorted({*self.job.exclude, *self.bad, *self.avoided}))
+            slurm.requeue(self.allocation.job, self._left_out())
         except OSError as error:
             return self._finish("retry", f"{error}; {following.reason}")
         return 0
 
     def _finish(self, outcome: Outcome, reason: str, *, step: int | None = None) -> int:
         """The end of the job."""
-        self.history.add(replace(self._event("finished"), outcome=outcome, reason=reason, step=step))
+        self._note(replace(self._event("finished"), outcome=outcome, reason=reason, step=step))
         line(f"{outcome}: {reason}")
         return STATUS.get(outcome, 1)
 
     def _note_end(self, ended: Ended) -> None:
         attempt = latest_attempt(self.path)
-        self.history.add(
+        self._note(
             replace(
                 self._event("ended"),
                 attempt=attempt,
@@ -258,6 +293,13 @@ class Supervisor:
             )
         )
         line(f"attempt {attempt} ended, {ended.outcome}: {ended.reason}")
+
+    def _note(self, event: Event) -> None:
+        """Put down what happens. A disk that is full is no reason to end."""
+        try:
+            self.history.add(event)
+        except OSError as error:
+            line(f"can't write {self.history.path}: {error}")
 
     def _event(self, name: EventName) -> Event:
         return Event(name, now(), job=self.allocation.job)
@@ -272,6 +314,10 @@ def supervise(job: Job) -> None:
     """What the batch script runs. Ends the process with the job's exit status."""
     allocation, told = read_allocation(), Told()
     stay_alive(Path(job.folder))
-    status = Supervisor(job, allocation, slurm.expand(allocation.nodes), told).run()
+    supervisor = Supervisor(job, allocation, slurm.expand(allocation.nodes), told)
+    try:
+        status = supervisor.run()
+    except Exception:
+        status = supervisor.fail(traceback.format_exc())
     if status:
         raise SystemExit(status)
