@@ -14,14 +14,18 @@ from slurm_lab import Lab
 from framework.heartbeat import Heartbeat, read_heartbeat
 from framework.history import JOBS, Event, History
 from framework.launch.config import ClusterConfig, HealthConfig
+from framework.launch.facts import read_facts
 from framework.launch.job import Job
+from framework.launch.page import page
 from framework.launch.script import RANK_SCRIPT
+from framework.launch.status import status_of
 from framework.launch.submit import submit_all
 from framework.parallel.config import MeshConfig
 from framework.programs.config import WatchConfig
 from framework.run import Run, Verdict, latest_attempt, read_verdict
 
 REPOSITORY = Path(__file__).parent.parent
+STATES = {"done": "DONE", "cancelled": "CANCELLED", "fatal": "FATAL"}
 RANK = Path(__file__).parent / "slurm" / "light_rank.py"
 
 
@@ -126,8 +130,12 @@ class LightRun:
         self.wait(lambda: self.step() >= step and (attempt is None or self.run.attempt == attempt))
 
     def wait_finished(self, seconds: float = 60) -> Event:
+        """Until the job has ended; `cuboid status` says the same of it, with the reason."""
         self.wait(lambda: bool(self.events("finished")), seconds)
-        return self.last("finished")
+        finished = self.last("finished")
+        text = "\n".join(page(status_of(read_facts(self.path, time.time()))))
+        assert STATES[str(finished.outcome)] in text and str(finished.reason)[:60] in text, text
+        return finished
 
     def story(self) -> str:
         """What happened, for a failing test."""
