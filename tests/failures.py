@@ -5,6 +5,7 @@ Each is a function of a lab and a folder, on nodes of its own: tests/slurm/test_
 most of their time is waiting.
 """
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -233,6 +234,26 @@ def lost_node_without_a_spare(lab: Lab, folder: Path) -> None:
     lab.wait_node(hosts[1], "idle")
 
 
+def killed_supervisor(lab: Lab, folder: Path) -> None:
+    run = light_run(lab, folder, {"steps": 120})
+    run.submit()
+    run.wait_step(10)
+    words = f"submitit.core._submit\0{run.job.folder}".encode()
+    found = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if words in read(p)]
+    for process in found:
+        os.kill(process, signal.SIGKILL)
+    assert run.wait_finished(90).outcome == "done" and len(found) == 1
+    assert run.resumed >= 5 and len(run.events("started")) == 2 and is_whole(run, 120)
+
+
+def read(path: Path) -> bytes:
+    """What a file of /proc holds, nothing where its process has ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def zombies_commit_nothing(lab: Lab, folder: Path) -> None:
     run = light_run(lab, folder, {"steps": 5000}, nodes=(1, 1))
     run.submit()
@@ -321,6 +342,7 @@ SCENARIOS: Final = MappingProxyType(
             lost_node_of_an_elastic_run,
             bad_node_is_excluded_and_remembered,
             every_node_is_bad,
+            killed_supervisor,
             slow_node_is_swapped,
             array_of_two,
             preemption,

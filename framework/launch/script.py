@@ -64,20 +64,34 @@ def sbatch_parameters(job: Job) -> dict[str, Any]:
         "cpus_per_task": cluster.cpus_per_rank,
         "gpus_per_node": cluster.gpus_per_node,
         "signal_delay_s": cluster.notice,
-        "setup": [*cluster.setup, code],
+        "setup": [*cluster.setup, code, "trap '' TERM  # the supervisor decides what follows a signal"],
+        "teardown": after_lines(job),
         "use_srun": False,
         "wckey": None,
         "additional_parameters": options | {name: value or True for name, value in cluster.sbatch.items()},
     }
 
 
+def after_lines(job: Job) -> list[str]:
+    """What the script does when the supervisor has ended: its status is the job's. One that was killed (by the kernel,
+    for memory) could put nothing back into the queue, so the script does, as often as `requeues` says.
+    """
+    killed = shlex.quote(f"{job.folder}/killed")
+    return [
+        "status=$?",
+        'if [ "$status" -eq 137 ] || [ "$status" -eq 139 ]; then',
+        f'    echo "the supervisor was killed by signal $((status - 128))" | tee -a {killed}',
+        f'    [ "$(wc -l <{killed})" -gt {job.cluster.requeues} ] || scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        'exit "$status"',
+    ]
+
+
 def script_of(job: Job) -> str:
     """The batch script of a job, as submitit submits it."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = " ".join(
-        ["exec", shlex.quote(python_of(job.cluster)), "-u -m submitit.core._submit", shlex.quote(job.folder)]
-    )
+    command = f"{shlex.quote(python_of(job.cluster))} -u -m submitit.core._submit {shlex.quote(job.folder)}"
     text: str = _make_sbatch_string(command=command, folder=job.folder, **sbatch_parameters(job))
     return text
 

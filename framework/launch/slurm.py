@@ -42,6 +42,11 @@ def comes_back(job: str, restart: int) -> bool:
     return int(fields_of_job(job).get("Restarts", restart)) > restart
 
 
+def is_ending(job: str) -> bool:
+    """Whether the scheduler is ending a job already."""
+    return fields_of_job(job).get("JobState") == "COMPLETING"
+
+
 def is_silent(node: str) -> bool:
     """Whether the scheduler has no answer from a node, long before it holds it for lost."""
     try:

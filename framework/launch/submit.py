@@ -7,6 +7,7 @@ attempt in three days runs what was submitted, whatever has happened to the work
 
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -195,7 +196,7 @@ def submit_all(jobs: Sequence[Job]) -> list[str]:
 
     first = jobs[0]
     folder = Path(first.folder)
-    executor = submitit.SlurmExecutor(folder=folder, python=f"exec {python_of(first.cluster)}")
+    executor = submitit.SlurmExecutor(folder=folder, python=shlex.quote(python_of(first.cluster)))
     executor.update_parameters(**sbatch_parameters(first))
     try:
         made = executor.map_array(supervise, jobs) if len(jobs) > 1 else [executor.submit(supervise, first)]

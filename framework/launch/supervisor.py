@@ -314,6 +314,7 @@ def supervise(job: Job) -> None:
     """What the batch script runs. Ends the process with the job's exit status."""
     allocation, told = read_allocation(), Told()
     stay_alive(Path(job.folder))
+    told.yes = told.yes or slurm.is_ending(allocation.job)  # told before this process could hear it
     supervisor = Supervisor(job, allocation, slurm.expand(allocation.nodes), told)
     try:
         status = supervisor.run()

@@ -19,8 +19,17 @@
 
 # setup
 export PYTHONSAFEPATH=1 PYTHONPATH=/shared/runs/a/jobs/code-0123456789ab${PYTHONPATH:+:$PYTHONPATH}
+trap '' TERM  # the supervisor decides what follows a signal
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-exec /opt/python -u -m submitit.core._submit /shared/runs/a/jobs/0000
+/opt/python -u -m submitit.core._submit /shared/runs/a/jobs/0000
 
+
+# teardown
+status=$?
+if [ "$status" -eq 137 ] || [ "$status" -eq 139 ]; then
+    echo "the supervisor was killed by signal $((status - 128))" | tee -a /shared/runs/a/jobs/0000/killed
+    [ "$(wc -l </shared/runs/a/jobs/0000/killed)" -gt 3 ] || scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
