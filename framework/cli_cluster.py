@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from framework import log
-from framework.environment import read_environment
+from framework.environment import pass_over_notices, read_environment
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -50,4 +50,5 @@ def health(folder: Annotated[Path, typer.Argument(help="Where the request lies."
         raise ValueError("`cuboid health` is started by a job's script, on every node")
     from framework.launch.health_step import check_health
 
+    pass_over_notices()
     check_health(folder, env)

@@ -218,6 +218,12 @@ def gpu_capability() -> tuple[int, int] | None:
     return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
 
 
+def pass_over_notices() -> None:
+    """For a process that has nothing to save: what schedulers send ahead of the end doesn't end it."""
+    for number in (signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopFlag:
     """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2 (what schedulers send ahead of the end); the loop finishes its step,
     saves and ends.

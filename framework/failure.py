@@ -17,6 +17,7 @@ import re
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -64,7 +65,10 @@ def write_failure(folder: Path, failure: Failure) -> None:
 
 def read_failures(folder: Path) -> list[Failure]:
     """All ranks' records, those that tell most first."""
-    failures = [Failure(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
+    failures = []
+    for path in folder.glob("rank-*.json"):
+        with suppress(OSError, ValueError, TypeError):  # of a file system that shows a file before it is whole
+            failures.append(Failure(**json.loads(path.read_text())))
     return sorted(failures, key=lambda failure: (failure.kind == "lost_peer", failure.time))
 
 

@@ -65,9 +65,9 @@ def read_heartbeat(run: Run) -> Heartbeat | None:
     """What the attempt said last, None where it hasn't yet."""
     try:
         fields = json.loads((run.attempt_path / FILE).read_text())
-    except FileNotFoundError:
+        beat = Heartbeat(**fields | {name: tuple(fields[name]) for name in ("compute", "waited")})
+    except (OSError, ValueError, TypeError, KeyError):  # not there yet, or not whole on a file system far away
         return None
-    beat = Heartbeat(**fields | {name: tuple(fields[name]) for name in ("compute", "waited")})
     return beat if beat.attempt == run.attempt else None
 
 

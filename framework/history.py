@@ -58,9 +58,13 @@ class History:
         """Append an event; written whole by one call, so that writers on several machines don't mix lines."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({name: value for name, value in asdict(event).items() if value is not None}) + "\n"
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a line that was cut off isn't gone on with
+                line = "\n" + line
+            if os.write(descriptor, line.encode()) != len(line.encode()):
+                raise OSError(f"{self.path} can't take a whole line")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -73,10 +77,10 @@ class History:
         for line in self.path.read_text().splitlines():
             try:
                 fields = json.loads(line)
-            except json.JSONDecodeError:
+                nodes = fields.get("nodes")
+                found.append(Event(**fields | {"nodes": None if nodes is None else tuple(nodes)}))
+            except (ValueError, TypeError, AttributeError):
                 continue
-            nodes = fields.get("nodes")
-            found.append(Event(**fields | {"nodes": None if nodes is None else tuple(nodes)}))
         return found
 
 

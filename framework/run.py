@@ -120,7 +120,7 @@ def read_verdict(run: Run) -> Verdict | None:
     """How an attempt says that it ended, None where it was lost or hasn't."""
     try:
         return Verdict(**json.loads((run.attempt_path / "verdict.json").read_text()))
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -144,8 +144,9 @@ def launched_run(path: Path, env: Environment) -> Run | None:
     return Run(path, env.attempt)
 
 
-def lock_run(path: Path) -> None:
-    """Hold the run for this process's life. Raises ValueError when a living process of this machine holds it.
+def lock_run(path: Path, *, refuse: bool = True) -> None:
+    """Hold the run for this process's life. Raises ValueError when a living process of this machine holds it, unless
+    `refuse` is False.
 
     A start on another machine isn't seen: there the fence keeps the older attempt from committing.
     """
@@ -155,6 +156,8 @@ def lock_run(path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if not refuse:
+            return
         holder = os.pread(lock, 100, 0).decode().strip()
         raise ValueError(f"the run {path} is in use by {holder}: wait for it or stop it first") from None
     except OSError:  # a file system without locks

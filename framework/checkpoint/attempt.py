@@ -22,7 +22,7 @@ def take_attempt(path: Path, storage: Storage, claimed: int | None) -> Fence:
     """Rank 0's: hold the run while this process lives, and its attempt: that which the launcher has claimed, or the
     next one. Raises ValueError when another process of this machine holds the run.
     """
-    lock_run(path)
+    lock_run(path, refuse=claimed is None)  # what is left of an older attempt the fence keeps from committing
     if claimed is None:
         return Fence(storage, claim_attempt(path, storage))
     own_store(path, storage)

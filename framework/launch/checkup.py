@@ -10,12 +10,13 @@ from framework.launch.job import Job
 from framework.launch.script import python_of
 from framework.launch.step import start_step
 from framework.launch.variables import rank_environment
+from framework.launch.verdict import tail
 
 LOOK = 0.05
 
 
 def check_nodes(job: Job, allocation: Allocation, nodes: Sequence[str]) -> list[NodeReport]:
-    """What every node says of itself; one that says nothing has a problem."""
+    """What every node says of itself; one that says nothing has a problem. Raises OSError where none says anything."""
     cluster, folder = job.cluster, Path(job.folder) / "health"
     health = cluster.health
     write_request(folder, health, cluster.scratch, time.time(), nodes, gpus=cluster.gpus)
@@ -35,4 +36,7 @@ def check_nodes(job: Job, allocation: Allocation, nodes: Sequence[str]) -> list[
         time.sleep(LOOK)
     if step.client.poll() is None:
         step.end()
-    return read_reports(folder, nodes)
+    reports = read_reports(folder, nodes)
+    if step.client.returncode and not any((folder / f"{node}.json").is_file() for node in nodes):
+        raise OSError(f"the health checks didn't run on any node: {tail(step.said())}")
+    return reports

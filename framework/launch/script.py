@@ -22,6 +22,7 @@ RANK_SCRIPT = """\
 # One task of a step. What Slurm says becomes what a rank reads; it never reads SLURM_*.
 #   CUBOID_HOSTS   the step's nodes, in the order in which they get their ranks
 #   CUBOID_LOGS    a directory for what ranks print, and for the step's number
+trap '' USR1 USR2  # until the rank listens itself: they would end it
 index=0
 for host in $CUBOID_HOSTS; do
     [ "$host" = "$SLURMD_NODENAME" ] && break

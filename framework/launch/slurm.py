@@ -2,9 +2,10 @@
 
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, Literal
 
 SECONDS = 60.0
 GONE: Final = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN")
@@ -37,6 +38,19 @@ def fields_of_job(job: str) -> dict[str, str]:
         return {}
 
 
+def fate(job: str, restart: int) -> Literal["requeued", "cancelled", "limit", "unknown"]:
+    """Why the scheduler ends a job that was told to: it is in the queue again already, or not to come back, or at its
+    limit. unknown: it isn't the scheduler that ends it, or nobody answers. restart: which start of it this is.
+    """
+    fields = fields_of_job(job)
+    if int(fields.get("Restarts", restart)) > restart:
+        return "requeued"
+    state = fields.get("JobState", "")
+    if state == "TIMEOUT" or (state == "COMPLETING" and fields.get("Reason") == "TimeLimit"):
+        return "limit"
+    return "cancelled" if state in ("COMPLETING", "CANCELLED") else "unknown"
+
+
 def comes_back(job: str, restart: int) -> bool:
     """Whether a job that is being ended is in the queue again already. restart: which start of it this is."""
     return int(fields_of_job(job).get("Restarts", restart)) > restart
@@ -64,16 +78,23 @@ def num_nodes(partition: str) -> int:
         return 1 << 30
 
 
-def gone_nodes(nodes: Sequence[str]) -> tuple[str, ...]:
-    """Those of some nodes that the scheduler holds for lost. Nobody, where it doesn't answer."""
+def gone_nodes(nodes: Sequence[str], *, look_again: float = 3.0) -> tuple[str, ...]:
+    """Those of some nodes that the scheduler holds for lost, or that don't answer it at two looks, some seconds apart.
+    Nobody, where it doesn't answer itself.
+    """
     try:
         text = call(["sinfo", "-h", "-N", "-o", "%N %T", "-n", ",".join(nodes)])
     except OSError:
         return ()
-    states = dict(line.split() for line in text.splitlines() if len(line.split()) == 2)
-    return tuple(
-        node for node in nodes if (s := states.get(node, "").upper()).endswith("*") or any(g in s for g in GONE)
-    )
+    states = {name: state.upper() for name, _, state in (line.partition(" ") for line in text.splitlines())}
+    gone = [node for node in nodes if any(word in states.get(node, "") for word in GONE)]
+    silent = [node for node in nodes if node not in gone and states.get(node, "").endswith("*")]
+    if silent and look_again > 0:  # which a busy node may be for a moment
+        time.sleep(look_again)
+        gone += gone_nodes(silent, look_again=0)
+    elif silent:
+        gone += silent
+    return tuple(gone)
 
 
 def requeue(job: str, exclude: Sequence[str]) -> None:
@@ -81,10 +102,26 @@ def requeue(job: str, exclude: Sequence[str]) -> None:
     process of it gets SIGTERM at once, the one that does this too, which therefore ignores it. Raises OSError.
     """
     words = f"scontrol requeue {job}"
-    if exclude:  # held, so that it can't start in between
+    if exclude:
+        # Not held meanwhile: a release that fails would leave the job held for ever, and a requeued one waits some
+        # seconds anyway. A job that has lost a node takes 5 s for an update, or refuses it; then it comes back without.
         update = f"scontrol update JobId={job} ExcNodeList={','.join(exclude)}"
-        words = f"scontrol requeuehold {job} && {{ {update}; scontrol release {job}; }}"
+        words += f" && for i in 1 2 3; do {update} && exit 0; sleep 1; done; exit 0"
     call(["bash", "-c", f"trap '' TERM; {words}"])
+
+
+def end_step(job: str, step: str, seconds: float) -> None:
+    """Kill what is left of a step, and wait until nothing is. A task whose node doesn't answer may stay."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        signal_step(job, step, "KILL")
+        try:
+            steps = call(["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i"]).split()
+        except OSError:
+            steps = []
+        if f"{job}.{step}" not in steps:
+            return
+        time.sleep(0.5)
 
 
 def signal_step(job: str, step: str, name: str) -> None:

@@ -117,6 +117,8 @@ def waiting_state(state: State, facts: Facts) -> tuple[State, str]:
     if facts.job is None:
         return state, ""
     if facts.job.state in OVER:
+        if facts.job.state.startswith("CANCELLED"):
+            return "CANCELLED", "while it waited"
         gone = facts.job.state == GONE
         return "LOST", "the scheduler doesn't know its job any more" if gone else facts.job.state
     if facts.job.state == "PENDING":

@@ -57,6 +57,12 @@ class Step:
         except subprocess.TimeoutExpired:
             self.client.kill()
             self.client.wait()
+        self.clear()
+
+    def clear(self) -> None:
+        """After srun's end, however it ended: no task of it lives on beside those of the next step."""
+        with suppress(FileNotFoundError):
+            slurm.end_step(self.job, (self.logs / NUMBER).read_text().strip(), GRACE)
 
 
 def start_step(

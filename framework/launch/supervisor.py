@@ -23,10 +23,9 @@ from framework.heartbeat import read_heartbeat
 from framework.history import Event, EventName, History, Outcome, now
 from framework.launch import slurm
 from framework.launch.checkup import check_nodes
-from framework.launch.config import time_seconds
 from framework.launch.deputy import stay_alive
 from framework.launch.job import Job
-from framework.launch.nodes import nodes_path, remember
+from framework.launch.nodes import excluded, nodes_path, remember
 from framework.launch.placement import order_hosts, usable_nodes
 from framework.launch.script import python_of
 from framework.launch.step import Step, start_step
@@ -39,6 +38,9 @@ from framework.run import Run, latest_attempt, read_verdict
 from framework.storage.storage import open_storage
 
 MOMENT = 3.0  # seconds
+ASK = 2.0  # seconds between two looks at what has been asked
+PATIENCE: Final = (5.0, 20.0, 60.0)  # seconds between tries of what the machines refuse
+DEPUTIES = 3
 STATUS: Final = MappingProxyType({"done": 0, "cancelled": 143})
 
 
@@ -64,7 +66,9 @@ class Told:
 
 @dataclass
 class Supervisor:
-    """One start of a job. bad: nodes of the allocation that aren't used any more, with why; avoided: slow ones."""
+    """One start of a job. bad: nodes of the allocation that aren't used any more, with why; avoided: to be kept away
+    from in later starts. looked: when it was last seen what is asked. back: whether the job is in the queue again.
+    """
 
     job: Job
     allocation: Allocation
@@ -73,7 +77,9 @@ class Supervisor:
     bad: dict[str, str] = field(default_factory=dict)
     avoided: set[str] = field(default_factory=set)
     deputy: Step | None = None
-    began: float = field(default_factory=time.time)
+    looked: float = 0.0
+    pauses: int = 0
+    back: bool = False
 
     @property
     def path(self) -> Path:
@@ -88,6 +94,7 @@ class Supervisor:
         self._note(replace(self._event("started"), restart=self.allocation.restart, nodes=self.nodes))
         while True:
             past = self.history.events()
+            began = time.monotonic()
             try:
                 hosts = self._hosts()
                 if self.told.yes or self._is_cancelled():
@@ -113,6 +120,8 @@ class Supervisor:
             if following.what == "requeue":
                 return self._requeue(following)
             line(f"starting again on the nodes that are left: {following.reason}")
+            if ended.kind in ("storage", "unknown") and time.monotonic() - began < PATIENCE[-1]:
+                self._pause()
 
     def fail(self, trace: str) -> int:
         """The end of a job whose supervisor itself went wrong."""
@@ -127,6 +136,8 @@ class Supervisor:
         switches = dict.fromkeys(left, "")
         if left and self.job.cluster.health.level != "off":
             reports = check_nodes(self.job, self.allocation, left)
+            if self.told.yes or self._is_cancelled():
+                return None  # the checks were ended with the job, and say nothing of nodes
             # Where all fail, it is as likely to be what they share: they are tried again, and nobody remembers them.
             some = not all(report.problems for report in reports)
             for report in reports:
@@ -162,7 +173,13 @@ class Supervisor:
         health = self.job.cluster.health
         swap = len(self._left()) > self.job.nodes[0]
         stragglers = Stragglers(hosts, limit=health.slow, times=health.times)
-        seen = watch_step(step, run, self.job.watch, stragglers, swap=swap)
+        try:
+            seen = watch_step(step, run, self.job.watch, stragglers, swap=swap, look=lambda: self._look(step))
+        finally:
+            if step.client.poll() is None:
+                step.end()
+            elif step.client.returncode:
+                step.clear()
         if seen.slow is not None and not swap:  # used on, as there is none to take its place
             self._note(replace(self._event("excluded"), node=seen.slow.node, reason=slow_words(seen.slow)))
             self._avoid(seen.slow.node, slow_words(seen.slow))
@@ -186,18 +203,19 @@ class Supervisor:
         )
 
     def _have_deputy(self, hosts: tuple[str, ...]) -> None:
-        """Where the job outlives its first node, a task on another one that puts it back into the queue then."""
-        others = [host for host in (*hosts, *self._left()) if host != self.nodes[0]]
+        """Where the job outlives its first node, a task on some others that puts it back into the queue then."""
+        left = dict.fromkeys((*hosts, *self._left()))
+        others = tuple(host for host in left if host != self.nodes[0])[:DEPUTIES]
         if not self.job.survives or not others or (self.deputy is not None and self.deputy.client.poll() is None):
             return
         folder = Path(self.job.folder)
-        words = (str(folder), self.job.run, self.allocation.job, self.nodes[0])
+        words = (str(folder), self.job.run, self.allocation.job, str(self.allocation.restart), self.nodes[0])
         command = (python_of(self.job.cluster), "-m", "framework.launch.deputy", *words)
         logs = folder / "deputy"
         self.deputy = start_step(
             replace(self.job, cluster=replace(self.job.cluster, srun=[])),  # where scontrol is: outside any container
             self.allocation.job,
-            (others[0],),
+            others,
             command,
             tasks_a_node=1,
             logs=logs,
@@ -233,9 +251,16 @@ class Supervisor:
         except (OSError, ValueError) as error:
             line(f"can't remember {node} as bad: {error}")
 
+    def _remembered(self) -> list[str]:
+        """The nodes that any job has found bad."""
+        try:
+            return excluded(nodes_path(self.job.cluster), time.time())
+        except (OSError, ValueError):
+            return []
+
     def _left_out(self) -> list[str]:
         """The nodes to keep away from in the queue; none where too few would be left of the cluster."""
-        names = sorted({*self.job.exclude, *self.avoided})
+        names = sorted({*self.job.exclude, *self.avoided, *self._remembered()})
         left = slurm.num_nodes(self.job.cluster.sbatch.get("partition", "")) - len(names)
         if names and left < self.job.wanted[0]:
             line(f"{', '.join(names)} are not left out, though bad: too few others are there")
@@ -249,13 +274,25 @@ class Supervisor:
 
     def _is_cancelled(self) -> bool:
         """Whether a person has said so (`cuboid cancel`), or this job was told to end and isn't to come back."""
-        job, restart = self.allocation.job, self.allocation.restart
-        asked = any(event.event == "cancelled" and event.job == job for event in self.history.events())
-        return asked or (self.told.yes and not self._is_out_of_time() and not slurm.comes_back(job, restart))
+        return self._was_asked() or (self.told.yes and self._fate() == "cancelled")
 
-    def _is_out_of_time(self) -> bool:
-        """Whether the scheduler ends this job for its limit: what was to save ahead of it took too long."""
-        return time.time() > self.began + time_seconds(self.job.cluster.time) - MOMENT
+    def _was_asked(self) -> bool:
+        """Whether a person has asked for the end by `cuboid cancel`."""
+        return any(event.event == "cancelled" and event.job == self.allocation.job for event in self.history.events())
+
+    def _fate(self) -> str:
+        return slurm.fate(self.allocation.job, self.allocation.restart)
+
+    def _look(self, step: Step) -> None:
+        """While ranks run: what has been asked of this job that they, or it, may have missed."""
+        now = time.monotonic()
+        if now - self.looked < ASK:
+            return
+        self.looked = now
+        if self.told.yes and not self.back and self._fate() == "limit":
+            self._put_back()  # at once, while the ranks save: the time until this process is ended is short
+        elif not self.told.yes and self._was_asked():
+            step.signal("USR2")
 
     def _is_replaced(self) -> bool:
         """Whether this is what is left of a start whose node the scheduler holds for lost: nobody told it to end."""
@@ -265,13 +302,33 @@ class Supervisor:
         """Back into the queue, without the bad nodes. A status other than 0 where the scheduler refuses."""
         self._note(replace(self._event("requeued"), outcome=following.outcome, reason=following.reason))
         line(f"back into the queue: {following.reason}")
-        if self.told.yes and not self._is_out_of_time():  # the scheduler has done so by itself
+        if self.back or (self.told.yes and self._fate() == "requeued"):
             return 0
-        try:
-            slurm.requeue(self.allocation.job, self._left_out())
-        except OSError as error:
-            return self._finish("retry", f"{error}; {following.reason}")
-        return 0
+        problem = self._put_back()
+        return 0 if problem is None else self._finish("retry", f"{problem}; {following.reason}")
+
+    def _put_back(self) -> str | None:
+        """Tell the scheduler, again and again where it doesn't answer. Returns why that can't be done."""
+        problem = None
+        for seconds in (*PATIENCE, 0.0):
+            try:
+                slurm.requeue(self.allocation.job, self._left_out())
+                self.back = True
+                return None
+            except OSError as error:
+                problem = str(error)
+                line(problem)
+            time.sleep(seconds)
+        return problem
+
+    def _pause(self) -> None:
+        """Wait before the next try, longer each time."""
+        seconds = PATIENCE[min(self.pauses, len(PATIENCE) - 1)]
+        self.pauses += 1
+        line(f"waiting {seconds:g} s before that")
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.told.yes:
+            time.sleep(0.2)
 
     def _finish(self, outcome: Outcome, reason: str, *, step: int | None = None) -> int:
         """The end of the job."""

@@ -30,6 +30,9 @@ TASK: Final = re.compile(r"error: (\S+): tasks? ([\d,\-]+): (.+)")
 NODE: Final = re.compile(r"[Nn]ode failure on (\S+)")
 
 
+IDLE_PREEMPTIONS = 20  # ends in a row that nobody is to blame for, and that bring no step
+
+
 @dataclass(frozen=True)
 class Hang:
     """Nothing was heard for longer than a limit. silent: ranks that didn't write their stacks when they were asked to,
@@ -92,6 +95,8 @@ def judge(seen: Evidence) -> Ended:
         return Ended("preempted", f"{name}: every rank saved step {verdict.step}", saved)
     if seen.hang is not None:
         return hung(seen.hang, saved)
+    if seen.failure is not None and seen.failure.kind in ("mistake", "numbers"):
+        return failed(seen.failure, beat, saved)
     if seen.lost:
         return Ended("retry", f"lost {', '.join(seen.lost)}", saved, bad=seen.lost, kind="node")
     if seen.failure is not None and seen.failure.kind != "lost_peer":
@@ -191,7 +196,11 @@ def decide(ended: Ended, past: Sequence[Event], *, restarts: int, requeues: int)
     """
     if ended.outcome in ("done", "fatal", "cancelled"):
         return Next("finish", ended.outcome, ended.reason)
-    if ended.outcome == "preempted":
+    if ended.outcome == "preempted" or ended.kind == "told":
+        idle = [event for event in since_progress(past, ended.step) if event.event == "ended"]
+        if len(idle) >= IDLE_PREEMPTIONS:
+            reason = f"gave up after {len(idle) + 1} starts without a new checkpoint; {ended.reason}"
+            return Next("finish", "fatal", reason)
         return Next("requeue", "preempted", ended.reason)
     if ended.kind.startswith("memory") and last_kind(past) == ended.kind:
         return Next("finish", "fatal", f"{ended.reason}, twice at the same step")
@@ -199,7 +208,7 @@ def decide(ended: Ended, past: Sequence[Event], *, restarts: int, requeues: int)
     here = [event for event in before if event.event == "ended" and event.outcome == "retry"]
     started = max((i for i, event in enumerate(before) if event.event == "requeued"), default=-1)
     in_this_start = [event for event in before[started + 1 :] if event.event == "ended" and event.outcome == "retry"]
-    if len(in_this_start) < restarts and ended.kind != "told":
+    if len(in_this_start) < restarts:
         return Next("restart", "retry", ended.reason)
     requeued = sum(event.event == "requeued" and event.outcome != "preempted" for event in before)
     if requeued >= requeues:

@@ -5,6 +5,7 @@ A start, a step and a save each have a limit of their own (`watch` in the recipe
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,12 +30,14 @@ def limit_of(beat: Heartbeat | None, watch: WatchConfig) -> tuple[str, float]:
     phase = "import" if beat is None else beat.phase
     if phase in STARTING:
         return phase, watch.start
-    return phase, watch.step if phase == "step" else watch.save
+    return phase, watch.step if phase in ("step", "observe") else watch.save
 
 
-def silence(beat: Heartbeat | None, began: float, now: float) -> float:
-    """Seconds since anything has moved: a start is one piece, from the launch on."""
-    return now - (began if beat is None or beat.phase in STARTING else beat.since)
+def position(beat: Heartbeat | None) -> tuple[object, ...]:
+    """What moves as long as nothing hangs. A start is one piece, from the launch on; after a rollback it has phases."""
+    if beat is None or (beat.phase in STARTING and "step" not in beat.seconds):
+        return ("start",)
+    return beat.phase, beat.since, beat.step
 
 
 @dataclass
@@ -45,19 +48,23 @@ class Seen:
     slow: SlowNode | None = None
 
 
-def watch_step(step: Step, run: Run, watch: WatchConfig, stragglers: Stragglers, *, swap: bool) -> Seen:
+def watch_step(
+    step: Step, run: Run, watch: WatchConfig, stragglers: Stragglers, *, swap: bool, look: Callable[[], None]
+) -> Seen:
     """Wait until a step has ended. One that hangs, or lingers after a failure, is ended. swap: whether ranks are to
-    save and end for the sake of a slow node.
+    save and end for the sake of a slow node. look: called twice a second.
     """
-    read, failed = 0.0, 0.0
+    read, failed, moved = 0.0, 0.0, time.monotonic()
     beat: Heartbeat | None = None
     seen = Seen()
     while step.client.poll() is None:
         time.sleep(LOOK)
-        now = time.time()
+        now = time.monotonic()  # the clocks of nodes, and their jumps, don't count
         if now - read < READ:
             continue
-        read, beat = now, read_heartbeat(run) or beat
+        look()
+        before, read, beat = position(beat), now, read_heartbeat(run) or beat
+        moved = now if position(beat) != before else moved
         if beat is not None and (slow := stragglers.see(beat.compute)) is not None:
             seen.slow = slow
             line(slow_words(slow))
@@ -70,7 +77,7 @@ def watch_step(step: Step, run: Run, watch: WatchConfig, stragglers: Stragglers,
             step.end()
             return seen
         phase, limit = limit_of(beat, watch)
-        quiet = silence(beat, step.began, now)
+        quiet = now - moved
         if quiet > limit:
             line(f"nothing heard for {quiet:.1f} s in phase {phase}, its limit is {limit:g}: asking for stacks")
             silent = dump(step, run)

@@ -99,7 +99,7 @@ def test_states_without_a_scheduler(tmp_path: Path, events: list[Event], beat: H
     [
         ([WAITS], JobState("7", "PENDING", "Resources"), "QUEUED", "Resources"),
         ([WAITS], JobState("7", "RUNNING"), "STARTING", ""),
-        ([WAITS], JobState("7", "CANCELLED"), "LOST", "CANCELLED"),
+        ([WAITS], JobState("7", "CANCELLED"), "CANCELLED", "while it waited"),
         ([WAITS], JobState("7", GONE), "LOST", "the scheduler doesn't know its job any more"),
         (LAUNCHED, JobState("7", "RUNNING"), "RUNNING", ""),
         (LAUNCHED, JobState("7", "PENDING", "BeginTime"), "REQUEUED", "BeginTime"),

@@ -155,3 +155,20 @@ def test_the_same_memory_twice() -> None:
 def test_a_new_submission_starts_the_count_again() -> None:
     past = [LOST_ONE] * 3
     assert follows(RETRY, *past, event("submitted"), event("started")) == "restart"
+
+
+def test_preemptions_that_bring_nothing_end_after_a_while() -> None:
+    idle = event("ended", outcome="preempted", step=45)
+    stopped = Ended("preempted", "SIGUSR2", 45)
+    assert follows(stopped, *[idle] * 20) == "requeue"  # the first of them brought step 45
+    assert follows(stopped, *[idle] * 21) == "finish"
+    assert follows(replace(stopped, step=46), *[idle] * 21) == "requeue"
+
+
+def test_told_before_a_step_was_saved_is_no_failure() -> None:
+    told = verdict_of(told=True)
+    assert (told.outcome, told.kind) == ("retry", "told") and follows(told, *[LOST_ONE] * 9) == "requeue"
+
+
+def test_a_mistake_isnt_hidden_by_a_node_that_doesnt_answer() -> None:
+    assert verdict_of(failure=replace(FAILURE, kind="mistake"), lost=("node2",)).outcome == "fatal"
