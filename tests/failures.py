@@ -179,6 +179,60 @@ def lost_node_with_a_spare(lab: Lab, folder: Path) -> None:
     lab.wait_node(hosts[1], "idle")
 
 
+def preempted_after_a_swap(lab: Lab, folder: Path) -> None:
+    """A job that has lost a node comes back too: Slurm takes long to change such a job, and it isn't held for that."""
+    run = light_run(lab, folder, {"steps": 400}, spare_nodes=1)
+    run.submit()
+    run.wait_step(10)
+    lost = run.hosts[1]
+    lab.lose_node(lost)
+    try:
+        run.wait_step(1, attempt=1)
+        lab.run("scancel", "--signal=USR2", run.id)
+        run.wait(lambda: len(run.events("started")) == 2, 60)
+        run.wait_step(1, attempt=2)
+        lab.run("scancel", run.id)
+        assert run.wait_finished().outcome == "cancelled"
+    finally:
+        lab.start_node(lost)
+    lab.wait_node(lost, "idle")
+
+
+def signals_during_the_health_checks(lab: Lab, folder: Path) -> None:
+    """They say nothing of the nodes."""
+    health = HealthConfig(level="basic", disk=0.0, command="sleep 3")
+    run = light_run(lab, folder, {"steps": 12}, health=health)
+    run.submit()
+    run.wait(lambda: bool(run.events("started")))
+    time.sleep(1.5)
+    lab.run("scancel", "--signal=USR2", run.id)
+    run.wait(lambda: bool(run.events("launched")))
+    assert run.wait_finished().outcome == "done"
+    again = light_run(lab, folder / "again", {"steps": 12}, health=health)
+    again.submit()
+    again.wait(lambda: bool(again.events("started")))
+    time.sleep(1.5)
+    lab.run("scancel", again.id)
+    assert again.wait_finished().outcome == "cancelled"
+    assert not run.events("excluded") + again.events("excluded") and not (folder / "nodes.json").exists()
+
+
+def killed_srun(lab: Lab, folder: Path) -> None:
+    """Its ranks, which it leaves behind, don't live on beside those of the next attempt."""
+    run = light_run(lab, folder, {"steps": 100})
+    run.submit()
+    run.wait_step(8)
+    pids = [run.rank(rank)[0] for rank in range(4)]
+    words = f"--nodelist={','.join(run.hosts)}\0".encode()
+    script = f"{run.job.folder}/rank.sh\0".encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        if (command := read(path)).startswith(b"srun\0") and words in command and script in command:
+            os.kill(int(path.parent.name), signal.SIGKILL)
+    run.wait(lambda: len(run.events("launched")) == 2)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert run.wait_finished().outcome == "done" and is_whole(run, 100)
+
+
 def lost_node_of_an_elastic_run(lab: Lab, folder: Path) -> None:
     run = light_run(lab, folder, {"steps": 900}, nodes=(1, 2))
     run.submit()
@@ -341,7 +395,10 @@ SCENARIOS: Final = MappingProxyType(
             lost_node_with_a_spare,
             lost_node_of_an_elastic_run,
             bad_node_is_excluded_and_remembered,
+            preempted_after_a_swap,
             every_node_is_bad,
+            signals_during_the_health_checks,
+            killed_srun,
             killed_supervisor,
             slow_node_is_swapped,
             array_of_two,

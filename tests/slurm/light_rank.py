@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from framework.checkpoint.attempt import take_attempt
 from framework.checkpoint.fence import Fence
 from framework.checkpoint.find import newest
 from framework.checkpoint.manifest import MANIFEST, Entry, Manifest, Origin, Progress, StoredFile, encode_manifest
@@ -110,7 +111,7 @@ def train(plan: Plan, env: Environment, heart: Heart) -> Verdict:
     stop = StopFlag()
     assert env.run is not None and env.attempt is not None
     run, storage = Run(env.run, env.attempt), open_storage(plan.store)
-    fence = Fence(storage, env.attempt)
+    fence = take_attempt(run.path, storage, env.attempt) if env.rank == 0 else Fence(storage, env.attempt)
     heart.attach(run)
     (run.attempt_path / "pids").mkdir(exist_ok=True)
     (run.attempt_path / "pids" / f"{env.rank}").write_text(f"{os.getpid()} {os.environ['CUBOID_NODE']}")
