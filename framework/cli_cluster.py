@@ -20,14 +20,25 @@ def doctor(
     ] = None,
     cluster: Annotated[Path | None, typer.Option(help="Cluster file: every free node of it, and its bad ones.")] = None,
     scratch: Annotated[str | None, typer.Option(help="Directory on this machine's own disk.")] = None,
+    forget: Annotated[str | None, typer.Option(help="With --cluster: a bad node that is mended.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON list, in one line.")] = False,
 ) -> None:
     """What this machine has of what a run needs, and the fix of what it hasn't. Exit status 1 with problems."""
     from framework.launch.cluster import load_cluster
     from framework.launch.doctor import doctor_here
     from framework.launch.doctor_report import doctor_cluster, has_problem, lines_of, to_json, to_json_by_node
+    from framework.launch.nodes import forget as forget_node
+    from framework.launch.nodes import nodes_path
     from framework.launch.visit import run_on_nodes
 
+    if forget is not None:
+        if cluster is None:
+            raise ValueError("--forget needs --cluster: which cluster's node it is")
+        path = nodes_path(load_cluster(cluster))
+        if not forget_node(path, forget):
+            raise ValueError(f"{forget} isn't among the bad nodes in {path}")
+        log.line(f"{forget} is no bad node any more")
+        return
     if cluster is None:
         found = doctor_here(recipe, scratch or "/tmp")
         lines = [to_json(found)] if json else lines_of(found)

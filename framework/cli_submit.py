@@ -11,7 +11,7 @@ from framework.launch.cluster import load_cluster
 from framework.launch.job import Job
 from framework.launch.script import script_of
 from framework.launch.snapshot import snapshot_path
-from framework.launch.submit import Request, build_job, check_free, submit_all, summary, write_job
+from framework.launch.submit import Request, build_job, check_free, discard, submit_all, summary, write_job
 from framework.launch.sweep import read_sweep
 from framework.recipe import load_recipe
 from framework.run import resolve_invocation
@@ -36,6 +36,8 @@ def submit(
     words, found, request = list(overrides or []), load_cluster(cluster), Request(nodes, after)
     jobs: list[Job] = []
     for number, row in enumerate(read_sweep(array)) if array is not None else [(-1, [])]:
+        if array is not None and any(word.startswith("run=") for word in row):
+            raise ValueError(f"{array}, entry {number}: run= is made of the recipe's run and the entry's number")
         named = [f"run={load_recipe(recipe, words).run}-{number:03}"] if number >= 0 else []
         invocation = resolve_invocation(recipe, [*words, *row, *named])
         job, notes = build_job(invocation, found, request)
@@ -56,5 +58,11 @@ def submit(
         log.line(line)
     if dry_run:
         return
-    for job, job_id in zip(jobs, submit_all(jobs), strict=True):
+    try:
+        ids = submit_all(jobs)
+    except ValueError:
+        for job in jobs:
+            discard(job)
+        raise
+    for job, job_id in zip(jobs, ids, strict=True):
         log.line(f"submitted {job.run} as job {job_id}; `cuboid status {job.run}` tells how it goes")

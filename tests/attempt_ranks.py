@@ -40,11 +40,11 @@ def hang(env: Environment, recipe: Path, overrides: list[str], step: int) -> tup
     writer.write_file = slow
     original, begun = program.optimizer_step, [0.0]
 
-    def stops(parts: Any, work: Any) -> Any:
+    def stops(parts: Any, work: Any, **words: Any) -> Any:
         begun[0] = time.monotonic()
         if work.step == step and env.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return original(parts, work)
+        return original(parts, work, **words)
 
     program.optimizer_step = stops
     try:

@@ -119,6 +119,7 @@ def bad_node_lines(cluster: ClusterConfig, now: float) -> list[str]:
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(bad.since))
         times = "once" if bad.count == 1 else f"{bad.count} times"
         lines.append(f"  {bad.node:<{width}}  {times}, last {day}, {state}: {bad.reason}")
+    lines[0] += " (one that is mended: --forget NODE)"
     return lines
 
 

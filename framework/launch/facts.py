@@ -117,8 +117,8 @@ def open_job(events: Sequence[Event]) -> str | None:
         if event.event in ("finished", "cancelled"):
             waiting = [job for job in waiting if job != event.job]
             begun = [job for job in begun if job != event.job]
-        elif event.event == "submitted":
-            waiting.append(event.job)
+        elif event.event == "submitted":  # which is refused while an earlier job could still run
+            waiting = [event.job]
         elif event.event in ("started", "launched"):
             begun.append(event.job)
     return begun[-1] if begun else waiting[0] if waiting else None

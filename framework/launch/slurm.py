@@ -18,6 +18,8 @@ def call(words: Sequence[str], *, seconds: float = SECONDS, status: int | None =
     """
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
+    except FileNotFoundError:
+        raise ValueError(f"there is no {words[0]} on the PATH: run this on a machine of the cluster") from None
     except subprocess.TimeoutExpired:
         raise OSError(f"`{' '.join(words)}` gave no answer within {seconds:g} s") from None
     if status is not None and done.returncode != status:

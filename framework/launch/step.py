@@ -17,6 +17,7 @@ PORTS = range(20000, 32768)
 SRUN_LOG = "srun.log"
 NUMBER = "step"
 GRACE = 30.0  # seconds for srun to end once its tasks are killed
+CLEARED = 3.0  # seconds for the scheduler to see that; it keeps the step of a lost node until it sees that too
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Step:
     def clear(self) -> None:
         """After srun's end, however it ended: no task of it lives on beside those of the next step."""
         with suppress(FileNotFoundError):
-            slurm.end_step(self.job, (self.logs / NUMBER).read_text().strip(), GRACE)
+            slurm.end_step(self.job, (self.logs / NUMBER).read_text().strip(), CLEARED)
 
 
 def start_step(

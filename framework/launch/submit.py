@@ -8,14 +8,17 @@ attempt in three days runs what was submitted, whatever has happened to the work
 import dataclasses
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from framework.history import JOBS, Event, History, now
+from framework.history import FILE, JOBS, Event, History, now
 from framework.launch.check import check_data, check_start, check_store
 from framework.launch.config import ClusterConfig
+from framework.launch.facts import is_place, read_facts
 from framework.launch.job import Job
 from framework.launch.nodes import excluded, nodes_path
 from framework.launch.placement import check_placement
@@ -157,16 +160,23 @@ def dependency_of(after: Path | None) -> str:
     submitted = next((event for event in reversed(events) if event.event == "submitted"), None)
     if submitted is None:
         raise ValueError(f"--after {after}: no job of that run was ever submitted: cuboid submit it first")
-    last = next((event for event in reversed(events) if event.event == "finished"), None)
-    if last is not None and last.job == submitted.job:
+    own = [event for event in events if event.job == submitted.job]
+    last = next((event for event in reversed(own) if event.event in ("finished", "cancelled")), None)
+    if last is not None:
         if last.outcome == "done":
             return ""
-        raise ValueError(f"--after {after}: that run ended, {last.outcome}: {last.reason}")
+        raise ValueError(
+            f"--after {after}: that run ended, {last.outcome or 'cancelled'}: {last.reason or 'by a person'}"
+        )
     return f"afterok:{submitted.job}"
 
 
 def check_free(run: Path) -> None:
-    """Raises ValueError where a job of the run is queued or running."""
+    """Raises ValueError where a job of the run is queued or running, or ranks that were started by hand."""
+    if run.is_dir() and is_place(run):
+        facts = read_facts(run, now())
+        if facts.local and facts.newest is not None and facts.newest.alive:
+            raise ValueError(f"the run {run} is being trained, started by hand. `cuboid cancel {run}` ends it")
     submitted = next((event for event in reversed(History(run).events()) if event.event == "submitted"), None)
     state = find_scheduler().job(submitted.job) if submitted is not None and submitted.job else None
     if state is not None and state.state not in OVER:
@@ -185,15 +195,26 @@ def write_job(job: Job, recipe: Recipe) -> Job:
     return job
 
 
-def submit(job: Job) -> str:
-    """Hand a written job to the scheduler, through submitit. Returns its number."""
-    return submit_all([job])[0]
+def discard(job: Job) -> None:
+    """Take back what `write_job` has written of a job that isn't submitted."""
+    folder = Path(job.folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    if not any(path.name.isdecimal() or path.name == FILE for path in folder.parent.iterdir()):
+        for path in folder.parent.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        with suppress(OSError):  # which holds more than that
+            Path(job.run).rmdir()
 
 
 def submit_all(jobs: Sequence[Job]) -> list[str]:
-    """Hand jobs to the scheduler: one, or several of the same shape as an array. Their numbers. Raises OSError."""
+    """Hand jobs to the scheduler: one, or several of the same shape as an array. Their numbers. Raises ValueError
+    where there is no scheduler here, or it refuses them.
+    """
     import submitit
 
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise ValueError("there is no sbatch on the PATH: submit from a machine of the cluster, or see --dry-run")
     first = jobs[0]
     folder = Path(first.folder)
     executor = submitit.SlurmExecutor(folder=folder, python=shlex.quote(python_of(first.cluster)))
@@ -201,7 +222,7 @@ def submit_all(jobs: Sequence[Job]) -> list[str]:
     try:
         made = executor.map_array(supervise, jobs) if len(jobs) > 1 else [executor.submit(supervise, first)]
     except submitit.core.utils.FailedJobError as error:
-        raise OSError(f"sbatch refused the job: {str(error).strip()}") from None
+        raise ValueError(f"sbatch refused the job: {str(error).strip()}") from None
     for job, handed in zip(jobs, made, strict=True):
         event = Event("submitted", now(), job=handed.job_id, cluster=job.cluster.name, nodes=None)
         History(Path(job.run)).add(event)

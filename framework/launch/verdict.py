@@ -82,17 +82,18 @@ def judge(seen: Evidence) -> Ended:
     """How an attempt ended."""
     verdict, beat = seen.verdict, seen.beat
     saved = verdict.step if verdict is not None else -1 if beat is None else beat.saved
+    saved = saved or -1  # a verdict at step 0 has saved nothing
     if verdict is not None and verdict.outcome == "done":
         return Ended("done", f"all {verdict.step} steps are done", saved)
     if seen.cancelled:
-        how = f"step {verdict.step} is saved" if verdict is not None else "nothing was saved for it"
+        how = "nothing was saved for it" if verdict is None else saved_words(verdict, beat)
         return Ended("cancelled", f"cancelled; {how}", saved)
     if seen.slow is not None and verdict is not None:
         reason = f"{slow_words(seen.slow)}: step {verdict.step} is saved, to go on without it"
         return Ended("retry", reason, saved, bad=(seen.slow.node,), kind="slow")
     if verdict is not None:
         name = Signals(verdict.signal).name if verdict.signal else "a signal"
-        return Ended("preempted", f"{name}: every rank saved step {verdict.step}", saved)
+        return Ended("preempted", f"{name}: {saved_words(verdict, beat)}", saved)
     if seen.hang is not None:
         return hung(seen.hang, saved)
     if seen.failure is not None and seen.failure.kind in ("mistake", "numbers"):
@@ -104,12 +105,19 @@ def judge(seen: Evidence) -> Ended:
     killed = killed_tasks(seen.srun)
     if killed:
         node, what = killed[0]
-        return Ended("retry", f"{what} on {node}", saved, suspect=node, kind="killed")
+        return Ended("retry", what, saved, suspect=node, kind="killed")
     if seen.told:
         return Ended("retry", "ended by SIGTERM before a step was saved", saved, kind="told")
     if seen.failure is not None:
         return failed(seen.failure, beat, saved)
     return Ended("retry", f"the step ended with status {seen.status}: {tail(seen.srun)}", saved, kind="unknown")
+
+
+def saved_words(verdict: Verdict, beat: Heartbeat | None) -> str:
+    """What a stop has saved."""
+    if beat is not None and verdict.step <= beat.resumed:
+        return "no step was done yet, so nothing was to be saved"
+    return f"every rank has saved step {verdict.step}"
 
 
 def slow_words(slow: SlowNode) -> str:

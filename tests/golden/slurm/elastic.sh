@@ -22,7 +22,9 @@
 #SBATCH --time=24:00:00
 
 # setup
+set -e
 module load cuda
+set +e
 export PYTHONSAFEPATH=1 PYTHONPATH=/shared/runs/a/jobs/code-0123456789ab${PYTHONPATH:+:$PYTHONPATH}
 trap '' TERM  # the supervisor decides what follows a signal
 

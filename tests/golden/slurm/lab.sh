@@ -14,6 +14,8 @@
 #SBATCH --time=00:30:00
 
 # setup
+set -e
+set +e
 export PYTHONSAFEPATH=1 PYTHONPATH=/shared/runs/a/jobs/code-0123456789ab${PYTHONPATH:+:$PYTHONPATH}
 trap '' TERM  # the supervisor decides what follows a signal
 

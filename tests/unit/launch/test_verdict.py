@@ -36,12 +36,12 @@ def test_all_steps() -> None:
 
 def test_a_signal_that_saved() -> None:
     ended = verdict_of(verdict=Verdict("stopped", 48, 12))
-    assert (ended.outcome, ended.step, ended.reason) == ("preempted", 48, "SIGUSR2: every rank saved step 48")
+    assert (ended.outcome, ended.step, ended.reason) == ("preempted", 48, "SIGUSR2: every rank has saved step 48")
 
 
 def test_cancelled_with_and_without_a_step_saved() -> None:
     saved = verdict_of(verdict=Verdict("stopped", 48, 15), told=True, cancelled=True)
-    assert (saved.outcome, saved.step, saved.reason) == ("cancelled", 48, "cancelled; step 48 is saved")
+    assert (saved.outcome, saved.step, saved.reason) == ("cancelled", 48, "cancelled; every rank has saved step 48")
     cut = verdict_of(srun=KILLED, told=True, cancelled=True)
     assert (cut.outcome, cut.step) == ("cancelled", 45) and "nothing was saved" in cut.reason
 
@@ -49,7 +49,7 @@ def test_cancelled_with_and_without_a_step_saved() -> None:
 def test_a_killed_rank_names_its_node() -> None:
     consequence = replace(FAILURE, kind="lost_peer", message="error: Connection closed by peer")
     ended = verdict_of(srun=KILLED, failure=consequence)
-    assert (ended.outcome, ended.suspect, ended.reason) == ("retry", "node1", "task 3: Killed on node1")
+    assert (ended.outcome, ended.suspect, ended.reason) == ("retry", "node1", "task 3: Killed")
     assert killed_tasks(KILLED) == [("node1", "task 3: Killed")]
 
 
