@@ -103,6 +103,9 @@ class Supervisor:
             except ValueError as error:
                 return self._finish("fatal", str(error))
             except OSError as error:
+                self.told.wait()  # what was told to end ends steps first
+                if self.told.yes:
+                    return self._told_before_start()
                 ended = Ended("retry", str(error), kind="storage")
             if self._is_replaced():
                 line("another start of this job has taken over: this one says nothing more")
@@ -302,8 +305,11 @@ class Supervisor:
         """Back into the queue, without the bad nodes. A status other than 0 where the scheduler refuses."""
         self._note(replace(self._event("requeued"), outcome=following.outcome, reason=following.reason))
         line(f"back into the queue: {following.reason}")
-        if self.back or (self.told.yes and self._fate() == "requeued"):
+        fate = self._fate() if self.told.yes else "unknown"
+        if self.back or fate == "requeued":
             return 0
+        if fate == "cancelled":
+            return self._finish("cancelled", "cancelled by the scheduler's scancel")
         problem = self._put_back()
         return 0 if problem is None else self._finish("retry", f"{problem}; {following.reason}")
 
