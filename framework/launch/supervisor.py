@@ -303,13 +303,13 @@ class Supervisor:
 
     def _requeue(self, following: Next) -> int:
         """Back into the queue, without the bad nodes. A status other than 0 where the scheduler refuses."""
+        fate = self._fate() if self.told.yes else "unknown"
+        if fate == "cancelled" and not self.back:
+            return self._finish("cancelled", f"cancelled by scancel; {following.reason}")
         self._note(replace(self._event("requeued"), outcome=following.outcome, reason=following.reason))
         line(f"back into the queue: {following.reason}")
-        fate = self._fate() if self.told.yes else "unknown"
         if self.back or fate == "requeued":
             return 0
-        if fate == "cancelled":
-            return self._finish("cancelled", "cancelled by the scheduler's scancel")
         problem = self._put_back()
         return 0 if problem is None else self._finish("retry", f"{problem}; {following.reason}")
 
