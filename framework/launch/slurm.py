@@ -53,11 +53,6 @@ def fate(job: str, restart: int) -> Literal["requeued", "cancelled", "limit", "u
     return "cancelled" if state in ("COMPLETING", "CANCELLED") else "unknown"
 
 
-def comes_back(job: str, restart: int) -> bool:
-    """Whether a job that is being ended is in the queue again already. restart: which start of it this is."""
-    return int(fields_of_job(job).get("Restarts", restart)) > restart
-
-
 def is_ending(job: str) -> bool:
     """Whether the scheduler is ending a job already."""
     return fields_of_job(job).get("JobState") == "COMPLETING"

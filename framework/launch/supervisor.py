@@ -299,7 +299,7 @@ class Supervisor:
 
     def _is_replaced(self) -> bool:
         """Whether this is what is left of a start whose node the scheduler holds for lost: nobody told it to end."""
-        return not self.told.yes and slurm.comes_back(self.allocation.job, self.allocation.restart)
+        return not self.told.yes and self._fate() == "requeued"
 
     def _requeue(self, following: Next) -> int:
         """Back into the queue, without the bad nodes. A status other than 0 where the scheduler refuses."""
