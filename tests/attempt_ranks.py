@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def supervised(env: Environment, recipe: Path, overrides: list[str], attempt: in
     return verdict
 
 
-def hang(env: Environment, recipe: Path, overrides: list[str], step: int) -> tuple[str, float]:
+def hang(env: Environment, recipe: Path, overrides: list[str], step: int) -> tuple[str, float, str]:
     """Rank 1 is stopped in a step, and in a save where one is under way, for its files take a second. What the others
     make of it, and after how many seconds.
     """
@@ -50,7 +51,7 @@ def hang(env: Environment, recipe: Path, overrides: list[str], step: int) -> tup
     try:
         program.train(resolve_invocation(recipe, overrides), env)
     except Exception as error:
-        return kind_of(error), time.monotonic() - begun[0]
+        return kind_of(error), time.monotonic() - begun[0], traceback.format_exc()
     raise AssertionError("the others went on")
 
 

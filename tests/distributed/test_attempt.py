@@ -55,10 +55,10 @@ def test_a_rank_that_hangs_is_an_error_on_the_others(tiny_shards: Path, tmp_path
     processes, pipes = pool.start(attempt_ranks.hang, 2, (recipe, [], 3))
     try:
         assert pipes[0].poll(60)
-        status, (kind, seconds) = pipes[0].recv()
+        status, (kind, seconds, trace) = pipes[0].recv()
     finally:
         pool.stop(processes)
-    assert (status, kind) == ("ok", "lost_peer")
+    assert (status, kind) == ("ok", "lost_peer"), trace
     assert 2.5 < seconds < 30
     assert os.path.exists(tmp_path / "run/attempts/0000/heartbeat.json")
 

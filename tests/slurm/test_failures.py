@@ -17,7 +17,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """All of them, begun on a Slurm with nodes enough, as each takes up to three for itself alone."""
     folder = tmp_path_factory.mktemp("failures")
     try:
-        lab = Lab(folder / "lab", num_nodes=4 * AT_ONCE)
+        lab = Lab(folder / "lab", num_nodes=4 * AT_ONCE, slurmd_timeout=20)
     except NoLabError as reason:
         pytest.skip(str(reason))
     places: dict[str, Path] = {name: folder / name for name in SCENARIOS}
