@@ -6,6 +6,7 @@ most of their time is waiting.
 """
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -112,12 +113,12 @@ def hang(lab: Lab, folder: Path) -> None:
     run = light_run(lab, folder, {"steps": 80}, watch=WatchConfig(start=30, step=3, save=20))
     run.submit()
     run.wait_step(8)
-    begin = time.time()
     node = run.kill(2, signal.SIGSTOP)
     assert run.wait_finished().outcome == "done"
     ended = run.events("ended")[0]
     assert (ended.kind, ended.node) == ("hang", node) and f"rank 2 on {node}" in str(ended.reason)
-    assert ended.time - begin < 3 * (3 + 3)  # the limit, and the time for stacks
+    heard = re.search(r"nothing heard for (\d+) s", str(ended.reason))
+    assert heard is not None and 3 <= int(heard[1]) <= 3 * 3
     stacks = sorted(path.name for path in (run.path / "attempts" / "0000" / "stacks").iterdir() if path.stat().st_size)
     assert stacks == ["rank-00000.txt", "rank-00001.txt", "rank-00003.txt"]
     assert "largest" in (run.path / "attempts" / "0000" / "stacks" / "rank-00000.txt").read_text()
