@@ -38,6 +38,7 @@ PEER_TEXT: Final = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting \d+ms|\[[^\]]*gloo/transport|"
     r"Socket Timeout|wait timeout after|Connection was likely closed|NCCL communicator was aborted|another rank could"
 )
+COLLECTIVES: Final = ("torch/distributed/", "parallel/collectives.py", "deepspeed/comm/")
 # NCCL's own, which says that this rank's device failed, not that another one is gone.
 OWN_DEVICE: Final = re.compile(r"unhandled cuda error|Cuda failure")
 
@@ -100,9 +101,17 @@ def kind_of(error: Exception) -> Kind:
             return "crash"
         if names & {*PEERS} or (isinstance(each, (RuntimeError, ConnectionError)) and PEER_TEXT.search(text)):
             return "lost_peer"
+        if type(each) is RuntimeError and raised_in_collective(each):
+            return "lost_peer"
     if isinstance(error, OSError):
         return "storage"
     return "failure" if isinstance(error, RunFailure) else "crash"
+
+
+def raised_in_collective(error: BaseException) -> bool:
+    """Whether a collective raised it: backends say in many words that a peer is gone."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(place in frames[-1].filename for place in COLLECTIVES)
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:

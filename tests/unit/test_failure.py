@@ -4,11 +4,12 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from framework.failure import Failure, failure_of, first_failure, read_failures, write_failure
+from framework.failure import Failure, failure_of, first_failure, kind_of, read_failures, write_failure
 from framework.launch.local import explain
 from framework.run import RunFailure
 from framework.storage.request import StoreError
@@ -93,3 +94,16 @@ def test_an_abort_is_told_by_its_cause(tmp_path: Path, capsys: pytest.CaptureFix
     write_failure(tmp_path, Failure(1, "error: lost", 1, 11.0, "lost_peer", "RuntimeError", "step", 4))
     explain(tmp_path, SimpleNamespace(returncode=-signal.SIGABRT), 0, [])  # type: ignore[arg-type]
     assert "rank 0 was killed by SIGABRT" in capsys.readouterr().err
+
+
+def test_whatever_a_collective_raises_is_of_a_peer() -> None:
+    place = {"where": "/x/torch/distributed/distributed_c10d.py"}
+    code = compile("def wait():\n    raise RuntimeError('some new words')\n", place["where"], "exec")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    with pytest.raises(RuntimeError) as error:
+        names["wait"]()
+    assert kind_of(error.value) == "lost_peer"
+    with pytest.raises(RuntimeError) as other:
+        raise RuntimeError("some new words")
+    assert kind_of(other.value) == "crash"
