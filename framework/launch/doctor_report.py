@@ -12,7 +12,6 @@ from framework.launch.nodes import nodes_path, read_nodes
 
 # Runs `cuboid WORDS` once on each node of a cluster: node -> what it printed, None where it didn't answer.
 RunOnNodes = Callable[[ClusterConfig, Sequence[str]], Mapping[str, str | None]]
-MARKS = ("ok", "warning", "problem")
 SHOWN = 8  # nodes named in a line
 
 

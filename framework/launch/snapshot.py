@@ -80,8 +80,3 @@ def write_read_only(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     path.chmod(0o444)
-
-
-def snapshot_variables(snapshot: Path, *, path: str = "") -> dict[str, str]:
-    """The environment with which Python runs a snapshot's code. path: what PYTHONPATH is otherwise."""
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(snapshot), path))), "PYTHONSAFEPATH": "1"}
