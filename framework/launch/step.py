@@ -23,7 +23,7 @@ CLEARED = 3.0  # seconds for the scheduler to see that; it keeps the step of a l
 @dataclass(frozen=True)
 class Step:
     """A running step. client: its srun. hosts: in the order of the ranks, tasks_a_node on each. logs: where ranks
-    print, and srun. began: Unix seconds.
+    print, and srun.
     """
 
     job: str
@@ -31,7 +31,6 @@ class Step:
     hosts: tuple[str, ...]
     tasks_a_node: int
     logs: Path
-    began: float
 
     @property
     def num_tasks(self) -> int:
@@ -80,14 +79,13 @@ def start_step(
     """Start a command on some hosts, in their order. own: variables of these tasks. tolerant: a task that fails, or a
     node that can't be reached, doesn't end the others.
     """
-    began = time.time()
     logs.mkdir(parents=True, exist_ok=True)
     variables = {
         **own,
         "CUBOID_HOSTS": " ".join(hosts),
         "CUBOID_RANKS_A_NODE": str(tasks_a_node),
         "CUBOID_LOGS": str(logs),
-        "CUBOID_LAUNCHED": f"{began:.3f}",
+        "CUBOID_LAUNCHED": f"{time.time():.3f}",
         "MASTER_PORT": str(random.SystemRandom().choice(PORTS)),
     }
     words = srun_words(job, hosts, command, tasks_a_node=tasks_a_node, tolerant=tolerant)
@@ -100,4 +98,4 @@ def start_step(
             stderr=log,
             start_new_session=True,
         )
-    return Step(job_id, client, hosts, tasks_a_node, logs, began)
+    return Step(job_id, client, hosts, tasks_a_node, logs)

@@ -42,7 +42,7 @@ def test_a_start_is_one_piece_until_there_was_a_step() -> None:
 def step_of(run: Run, command: str) -> Step:
     client = subprocess.Popen(["bash", "-c", command])
     (run.attempt_path / "logs" / "srun.log").touch()
-    return Step("1", client, ("a", "b"), 2, run.attempt_path / "logs", time.time())
+    return Step("1", client, ("a", "b"), 2, run.attempt_path / "logs")
 
 
 @pytest.fixture
