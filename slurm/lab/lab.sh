@@ -80,6 +80,9 @@ signal() { # SIGNAL NODE: to all that runs there; fails where nothing does
 }
 
 destroy() { # SIGKILL to all on a node until nothing is left; a process may have forked meanwhile
+    # All stand still first, as a machine goes in one moment: whoever lived on for a little would see his neighbours die,
+    # and srun's second process tells Slurm then to kill the step, on every node.
+    signal STOP "$1" && signal STOP "$1" || true
     for _ in $(seq 500); do
         signal KILL "$1" || break
         sleep 0.01
