@@ -243,13 +243,16 @@ def test_many_shapes_share_the_processes(small: bytes) -> None:
                 assert future.result(timeout=60).shape[3] == 3
 
         run(4)
-        memory = [resident(process) for process in processes]
         descriptors = num_descriptors(processes)
-        run(12)
+        growth = []
+        for _ in range(4):
+            memory = [resident(process) for process in processes]
+            run(4)
+            growth.append(max(resident(process) - first for process, first in zip(processes, memory, strict=True)))
         assert children(os.getpid()) == processes
         # A process closes its own a moment after it has sent it.
         assert wait_until(lambda: all(map(le, num_descriptors(processes), descriptors)), 5)
-        assert max(resident(process) - first for process, first in zip(processes, memory, strict=True)) < 4e6
+        assert min(growth) < 1e6, growth  # what leaks grows each time; the allocator's own settles
         assert sum(thread.name.startswith("decode-") for thread in threading.enumerate()) == 2
     assert children(os.getpid()) == []
     assert not any(thread.name.startswith("decode-") for thread in threading.enumerate())
