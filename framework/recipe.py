@@ -33,9 +33,10 @@ from framework.layers import Tree, apply_overrides, foreign_keys, merge_typed, r
 from framework.models.config import ExecutionConfig, LoraConfig, ModelConfig
 from framework.parallel.config import MeshConfig
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig, check_engine
+from framework.plan.config import HardwareConfig
 from framework.plan.parameters import check_patterns
 from framework.programs.config import WatchConfig
-from framework.shapes import TokenShape, latent_shape, token_shape
+from framework.shapes import TokenShape, divisors, latent_shape, token_shape
 from framework.text.config import TextConfig, text_width
 from framework.tokenizer.config import TokenizerConfig, tokenizer_channels, tokenizer_strides
 
@@ -172,6 +173,7 @@ class Recipe:
     init_from: str = ""
     init_weights: Literal["ema", "raw"] = "ema"
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -295,7 +297,7 @@ def check_degrees(recipe: Recipe) -> None:
     """Whether heads and tokens can be split as the mesh and the buckets say. Raises ValueError."""
     heads, tp = recipe.model.num_attention_heads, recipe.mesh.tp
     if heads % tp:
-        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        fits = ", ".join(map(str, divisors(heads)))
         raise ValueError(f"mesh.tp={tp} must divide the model's {heads} heads, a head isn't split: use one of {fits}")
     for index, bucket in enumerate(recipe.data.buckets):
         tokens = bucket_tokens(recipe, index).num_tokens

@@ -42,6 +42,7 @@ from framework.storage.directory import Directory
 FREE = (
     "run",
     "mesh.*",
+    "hardware.*",
     "zero.*",
     "attention.*",
     "execution.*",

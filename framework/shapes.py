@@ -6,6 +6,7 @@ A causal tokenizer keeps the first frame by itself: frames = 1 + st * k gives t 
 2503.20314, section 4.1; CogVideoX). One that isn't causal needs frames = st * k and gives t = k.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -110,3 +111,9 @@ def even_parts(total: int, parts: int) -> list[int]:
     """
     size, rest = divmod(total, parts)
     return [size + (index < rest) for index in range(parts)]
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, the smallest first."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return low + [number // n for n in reversed(low) if n * n != number]

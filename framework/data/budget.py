@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from framework.models.config import training_cost
 from framework.plan.flops import step_flops
 from framework.recipe import Recipe, bucket_tokens
+from framework.shapes import divisors
 from framework.text.config import text_length
 
 # Where the rounded sizes may lie: the budget is moved by up to a factor of two either way, in steps of a sixteenth.
@@ -67,8 +68,7 @@ def batch_sizes(costs: Sequence[float], weights: Sequence[float], *, reference: 
 
 def sizes_near(reference: int, spread: float) -> list[int]:
     """The divisors of the reference, and its products with powers of two up to `spread` times it."""
-    divisors = [n for n in range(1, reference + 1) if reference % n == 0]
-    return divisors + [reference << k for k in range(1, int(math.log2(spread)) + 1)]
+    return divisors(reference) + [reference << k for k in range(1, int(math.log2(spread)) + 1)]
 
 
 def micro_sizes(micro_batch: int, tokens: Sequence[float]) -> tuple[int, ...]:

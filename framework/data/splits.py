@@ -12,6 +12,7 @@ import dataclasses
 from framework.data.budget import plan_batches
 from framework.parallel.config import MeshShape
 from framework.recipe import Recipe, bucket_tokens
+from framework.shapes import divisors
 
 # A hundredth of a bucket's work is worth fewer ranks a sample: what these send costs about as much.
 SLACK = 0.01
@@ -37,7 +38,7 @@ def resolve_degrees(recipe: Recipe, shape: MeshShape) -> Recipe:
 def choose_split(shape: MeshShape, size: int, *, tokens: int, most: int) -> tuple[int, int]:
     """(ring, ulysses) of a bucket. size: samples of a draw. tokens: of a sample. most: tokens that a rank may have."""
     ranks = shape.dp * shape.ring * shape.ulysses
-    choices = [cp for cp in range(1, ranks + 1) if ranks % cp == 0 and (tokens / cp <= most or cp == ranks)]
+    choices = [cp for cp in divisors(ranks) if tokens / cp <= most or cp == ranks]
     choices = [cp for cp in choices if cp <= max(tokens, choices[0])]
     idle = {cp: 1 - useful_share(ranks // cp, cp * shape.tp, size=size, tokens=tokens) for cp in choices}
     cp = min(cp for cp in choices if idle[cp] <= min(idle.values()) + SLACK)

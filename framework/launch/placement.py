@@ -25,7 +25,7 @@ from framework.launch.config import LinkConfig
 from framework.parallel.config import MeshConfig, MeshShape, nearest_shapes, split_shape
 from framework.plan.traffic import MicroShape, own_ledger
 from framework.recipe import Recipe, bucket_degrees, bucket_tokens
-from framework.shapes import even_parts
+from framework.shapes import divisors, even_parts
 from framework.text.config import text_length
 
 GIGA = 1e9
@@ -148,11 +148,6 @@ def warn_ring(shape: MeshShape, places: Places, sent: float, bucket: str) -> lis
 def with_cp(shape: MeshShape, ring: int, ulysses: int) -> MeshShape:
     """The mesh with its context parallelism cut otherwise."""
     return MeshShape(shape.dp, ring, ulysses, shape.tp)
-
-
-def divisors(number: int) -> list[int]:
-    """All of them."""
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def groups(shape: MeshShape, *, inner: int, size: int) -> Iterator[list[int]]:

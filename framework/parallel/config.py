@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
+from framework.shapes import divisors
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -58,8 +60,7 @@ def split_shape(shape: MeshShape, ring: int, ulysses: int) -> MeshShape:
     """
     ranks = shape.dp * shape.cp
     if ranks % (ring * ulysses):
-        fits = [n for n in range(1, ranks + 1) if ranks % n == 0]
-        nearest = sorted(fits, key=lambda n: abs(n - ring * ulysses))[:2]
+        nearest = sorted(divisors(ranks), key=lambda n: abs(n - ring * ulysses))[:2]
         raise ValueError(
             f"a bucket's ring * ulysses must divide mesh.dp * ring * ulysses: {ring} * {ulysses} = {ring * ulysses} "
             f"doesn't divide {shape.dp} * {shape.ring} * {shape.ulysses} = {ranks}; the nearest products that do are "
@@ -70,10 +71,9 @@ def split_shape(shape: MeshShape, ring: int, ulysses: int) -> MeshShape:
 
 def nearest_shapes(config: MeshConfig, num_ranks: int, *, count: int = 3) -> list[MeshShape]:
     """Meshes of `num_ranks` ranks, those first whose degrees are the least far, as factors, from the wanted ones."""
-    divisors = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
     shapes = [
         MeshShape(num_ranks // (ring * ulysses * tp), ring, ulysses, tp)
-        for ring, ulysses, tp in product(divisors, repeat=3)
+        for ring, ulysses, tp in product(divisors(num_ranks), repeat=3)
         if num_ranks % (ring * ulysses * tp) == 0
     ]
 

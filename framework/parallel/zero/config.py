@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Final, Literal
 
+from framework.shapes import divisors
+
 Dtype = Literal["default", "float32", "bfloat16", "float64"]
 SIZES: Final[Mapping[str, int]] = MappingProxyType({"bfloat16": 2, "float32": 4, "float64": 8})  # bytes
 # A row without a rule: what is kept and updated, what forward and backward see, what gradients are summed in.
@@ -69,8 +71,7 @@ class ZeroConfig:
         """Ranks over which is partitioned, of the `num_ranks` of dp x cp. Raises ValueError when it doesn't divide."""
         size = num_ranks if self.partition == "all" else self.partition
         if num_ranks % size:
-            fits = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
-            nearest = sorted(sorted(fits, key=lambda n: abs(n - size))[:2])
+            nearest = sorted(sorted(divisors(num_ranks), key=lambda n: abs(n - size))[:2])
             raise ValueError(
                 f"zero.partition must divide dp * ring * ulysses: {num_ranks} % {size} == {num_ranks % size}; the "
                 f"nearest that do are {' and '.join(map(str, nearest))}"
