@@ -1,0 +1,348 @@
+"""Predicted seconds of a step on described hardware (hardware.py), by part, in closed form.
+
+    a micro-batch   layers x (forward + backward [+ forward again])  +  what is around the blocks
+    a step          micro-batches + ZeRO's exchanges + optimizer + the host's part
+
+A part is FLOPs over the rate that its kernels reach, bytes moved over the memory's bandwidth (work.py), or bytes sent
+over a link (sent.py, links.py). What hides behind what follows from the code:
+
+* A ring's message travels while the kernel of the same step runs; the last of the gradients' is waited for.
+* Ulysses and tp wait for their exchanges: all of them are exposed.
+* FSDP2 gathers a block while the one before computes, and reduces a block while the next one's backward runs.
+  DeepSpeed's stage 3 gathers ahead likewise. Its reductions, and the gathers of stages 1 and 2 at the step, don't overlap
+  (`overlap_comm` is off, parallel/zero/deepspeed.py).
+* Of what could hide so, the share `network.overlap` does.
+
+On a GPU the host runs ahead, so its launches count where they take longer than everything else; on a CPU they add up.
+Where LoRA or `train.trainable` freezes weights, bytes are exact but the backward's linears are scaled: by the share of
+weights that is trained, beside the gradient of what goes in, as if all blocks were reached.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from framework.kernels.config import AttentionNeeds, resolve_attention
+from framework.parallel.config import MeshShape, split_shape
+from framework.parallel.zero.config import SIZES
+from framework.plan.flops import step_flops
+from framework.plan.hardware import Attention, Hardware, rate
+from framework.plan.links import Kind, Place, place_of, seconds
+from framework.plan.sent import Own, Weights, engine_sent, micro_sent, weights_of
+from framework.plan.traffic import MicroShape
+from framework.plan.work import (
+    ATTENTION_BACKWARD,
+    BACKWARD_BYTES,
+    BACKWARD_KERNELS,
+    FUSED,
+    KERNELS,
+    MODEL_KERNELS,
+    PARAMETER_KERNELS,
+    block_work,
+    gradient_bytes,
+    update_bytes,
+)
+from framework.recipe import Recipe, bucket_degrees, bucket_tokens
+
+KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
+    {
+        "gather_tokens": "all_gather",
+        "scatter_tokens": "reduce_scatter",
+        "qk_norm": "all_reduce",
+        "replicated": "all_reduce",
+        "gather_tokens_scatter_heads": "all_to_all",
+        "scatter_tokens_gather_heads": "all_to_all",
+        "ring": "ring",
+        "ring_gradients": "ring",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Seconds of some collectives, and those of them that nothing hides."""
+
+    total: float = 0.0
+    exposed: float = 0.0
+
+    def __add__(self, other: "Exchange") -> "Exchange":
+        return Exchange(self.total + other.total, self.exposed + other.exposed)
+
+    def __mul__(self, times: float) -> "Exchange":
+        return Exchange(self.total * times, self.exposed * times)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Seconds of what a rank computes. forward, backward: what an exchange may hide behind. kernels: launched."""
+
+    linears: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    recompute: float = 0.0
+    forward: float = 0.0
+    kernels: float = 0.0
+
+    @property
+    def backward(self) -> float:
+        return self.total - self.forward
+
+    @property
+    def total(self) -> float:
+        return self.linears + self.attention + self.elementwise + self.recompute
+
+    def plus(self, other: "Compute", times: float) -> "Compute":
+        """With `times` of another."""
+        return Compute(
+            self.linears + times * other.linears,
+            self.attention + times * other.attention,
+            self.elementwise + times * other.elementwise,
+            self.recompute + times * other.recompute,
+            self.forward + times * other.forward,
+            self.kernels + times * other.kernels,
+        )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by part. elementwise: what is neither a linear nor attention. optimizer: update, EMA and copies
+    of gradients. overhead: of the host, and of a step's few scalars. model_flops: of all ranks, by plan/flops.py.
+    peak: FLOP/s of one device that MFU is counted against, None where it isn't known.
+    """
+
+    linears: float
+    attention: float
+    elementwise: float
+    recompute: float
+    tp: Exchange
+    ulysses: Exchange
+    ring: Exchange
+    zero: Exchange
+    optimizer: float
+    overhead: float
+    model_flops: float
+    ranks: int
+    peak: float | None
+
+    @property
+    def computing(self) -> float:
+        """Seconds of kernels, without exchanges, optimizer and host."""
+        return self.linears + self.attention + self.elementwise + self.recompute
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of exchanges that nothing hides."""
+        return sum(exchange.exposed for exchange in (self.tp, self.ulysses, self.ring, self.zero))
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return self.computing + self.exposed + self.optimizer + self.overhead
+
+    @property
+    def rank_flops(self) -> float:
+        """Model FLOP/s of one rank."""
+        return self.model_flops / (self.total * self.ranks)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs over what the data sheet's rate would do in the time; None where that isn't known."""
+        return None if self.peak is None else self.rank_flops / self.peak
+
+
+def step_time(recipe: Recipe, shape: MeshShape, hardware: Hardware, micros: Sequence[MicroShape]) -> StepTime:
+    """Of a step of `micros` on each rank of a mesh. Raises ValueError where the hardware's description lacks a rate."""
+    weights, kinds = weights_of(recipe, shape.tp), Counter(micros)
+    compute, flops = Compute(), 0.0
+    tp, ulysses, ring = Exchange(), Exchange(), Exchange()
+    for micro, count in kinds.items():
+        degrees = split_shape(shape, *bucket_degrees(recipe, micro.bucket))
+        here = compute_of(recipe, degrees, hardware, micro, weights)
+        own = micro_sent(recipe, shape, micro, weights)
+        compute = compute.plus(here, count)
+        tp += waited(own, "tp", hardware, group_place(degrees.tp, 1, shape, hardware)) * count
+        place = group_place(degrees.ulysses, degrees.tp, shape, hardware)
+        ulysses += waited(own, "ulysses", hardware, place) * count
+        ring += ring_exchange(recipe, degrees, hardware, own, here.attention) * count
+        model = step_flops(
+            recipe.model,
+            tokens=tokens_of(recipe, micro),
+            text=micro.text,
+            image=micro.image,
+            timesteps=micro.timesteps,
+        )
+        flops += float(model.total) * micro.samples * degrees.dp * count
+    zero = zero_exchange(recipe, shape, hardware, weights, compute, len(micros))
+    optimizer = optimizer_seconds(recipe, shape, hardware, weights, len(micros))
+    busy = compute.total + tp.exposed + ulysses.exposed + ring.exposed + zero.exposed + optimizer
+    slow = slowdown(shape, hardware)
+    return StepTime(
+        linears=compute.linears * slow,
+        attention=compute.attention * slow,
+        elementwise=compute.elementwise * slow,
+        recompute=compute.recompute * slow,
+        tp=tp * slow,
+        ulysses=ulysses * slow,
+        ring=ring * slow,
+        zero=zero * slow,
+        optimizer=optimizer * slow,
+        overhead=overhead_seconds(shape, hardware, compute.kernels, busy) * slow,
+        model_flops=flops,
+        ranks=shape.world_size,
+        peak=hardware.device.peak.get(recipe.precision.default.compute),
+    )
+
+
+def slowdown(shape: MeshShape, hardware: Hardware) -> float:
+    """How much slower a rank is where more ranks than cores take turns on a machine."""
+    shared = hardware.device.shared
+    return 1.0 if shared is None else max(1.0, min(shape.world_size, hardware.network.domain) / shared)
+
+
+def tokens_of(recipe: Recipe, micro: MicroShape) -> int:
+    """Real tokens of a sample."""
+    return bucket_tokens(recipe, micro.bucket).num_tokens
+
+
+def attention_rates(recipe: Recipe, hardware: Hardware) -> Attention:
+    """The kernel's. `auto` stands for the first that needs no package, as what is installed there isn't known here. In a
+    dtype that matrix products are slower in than attention's table says, it is as slow as they.
+    """
+    device, dtype = hardware.device, recipe.precision.default.compute
+    needs = AttentionNeeds(
+        dtype=dtype,
+        head_dim=recipe.model.attention_head_dim,
+        deterministic=recipe.train.deterministic,
+        has_gpu=device.kind == "gpu",
+    )
+    kernel = resolve_attention(recipe.attention, needs, ()).kernel
+    if kernel not in device.attention:
+        raise ValueError(
+            f"device.attention.{kernel} isn't described for {hardware.name}, only {', '.join(device.attention)}: set "
+            "attention.kernel to one of these, or add it to its file"
+        )
+    found, most = device.attention[kernel], rate(device.matmul, dtype, "device.matmul")
+    return Attention(min(found.forward, most), min(found.backward, most))
+
+
+def compute_of(recipe: Recipe, shape: MeshShape, hardware: Hardware, micro: MicroShape, weights: Weights) -> Compute:
+    """Of a micro-batch, forward and backward. shape: with the bucket's own degrees."""
+    work, device = block_work(recipe, shape, micro), hardware.device
+    rates, products = attention_rates(recipe, hardware), rate(device.matmul, recipe.precision.default.compute, "matmul")
+    layers, recompute = recipe.model.num_layers, recipe.execution.recompute
+    fused = FUSED if recipe.execution.compile else 1.0
+    forward_linears = (layers * work.linears + work.outer_linears) / products
+    forward_own, forward_cross = (layers * flops / rates.forward for flops in (work.attention, work.cross))
+    backward_attention = layers * ATTENTION_BACKWARD * (work.attention + work.cross) / rates.backward
+    moved = (layers * work.moved * fused + work.outer_moved) / device.bandwidth
+    again = layers * (work.linears / products + work.moved * fused / device.bandwidth) + forward_cross
+    repeats = {"none": 0.0, "keep_attention": again, "all": again + forward_own}[recompute]
+    passes = 1 + BACKWARD_KERNELS
+    blocks = layers * KERNELS * fused * (passes + (recompute != "none"))
+    parameters = PARAMETER_KERNELS * sum(weights.times(p) for p in weights.shapes)
+    return Compute(
+        linears=forward_linears * (2 + weights.trained / weights.elements),
+        attention=forward_own + forward_cross + backward_attention,
+        elementwise=moved * (1 + BACKWARD_BYTES),
+        recompute=repeats,
+        forward=forward_linears + forward_own + forward_cross + moved,
+        kernels=blocks + MODEL_KERNELS * passes + parameters,
+    )
+
+
+def group_place(size: int, stride: int, shape: MeshShape, hardware: Hardware) -> Place:
+    """Where a group lies whose ranks are `stride` apart."""
+    return place_of(size, stride, shape.world_size, hardware.network.domain)
+
+
+def waited(own: Own, group: str, hardware: Hardware, place: Place) -> Exchange:
+    """Collectives that are waited for."""
+    total = sum(
+        seconds(hardware.network, place, KINDS[purpose], calls, sent)
+        for (name, purpose), (calls, sent) in own.items()
+        if name == group
+    )
+    return Exchange(total, total)
+
+
+def ring_exchange(recipe: Recipe, shape: MeshShape, hardware: Hardware, own: Own, attention: float) -> Exchange:
+    """Keys and values, and their gradients, of a micro-batch; attention: its seconds, forward and backward.
+
+    In a forward each of r - 1 messages travels during a kernel. In a backward of r kernels the first two see keys and
+    values on the way, the last a gradient, those between both; the last gradient is waited for.
+    """
+    r = shape.ring
+    if r == 1 or ("ring", "ring") not in own:
+        return Exchange()
+    rates, layers = attention_rates(recipe, hardware), recipe.model.num_layers
+    place = place_of(r, shape.tp * shape.ulysses, shape.world_size, hardware.network.domain)
+    costs = [seconds(hardware.network, place, "ring", *own["ring", name]) for name in ("ring", "ring_gradients")]
+    pairs, gradients = (
+        cost / own["ring", name][0] for cost, name in zip(costs, ("ring", "ring_gradients"), strict=True)
+    )
+    weight = ATTENTION_BACKWARD * rates.forward / rates.backward
+    kernel = attention / (1 + weight) / layers / r
+    back = kernel * weight
+    forwards = 1 + (recipe.execution.recompute == "all")
+    hidden = forwards * (r - 1) * min(pairs, kernel) + min(2, r - 1) * min(pairs, back)
+    hidden += max(0, r - 3) * min(pairs + gradients, back) + (r > 2) * min(gradients, back)
+    return Exchange(sum(costs), sum(costs) - hardware.network.overlap * layers * hidden)
+
+
+def zero_exchange(
+    recipe: Recipe, shape: MeshShape, hardware: Hardware, weights: Weights, compute: Compute, num_micro: int
+) -> Exchange:
+    """The engine's, in a step. compute: of the whole step."""
+    zero, ranks = recipe.zero, shape.dp * shape.cp
+    size = zero.partition_size(ranks)
+    inside = group_place(size, shape.tp, shape, hardware)
+    across = group_place(ranks // size, shape.tp * size, shape, hardware)
+    sent, network = engine_sent(recipe, shape, num_micro, weights), hardware.network
+    buckets = -(-weights.trained // zero.bucket_size)
+    groups = recipe.model.num_layers + 1
+    if zero.engine == "fsdp2":
+        calls = {"all_gather": groups * (2 * num_micro if zero.stage == 3 else 1)}
+        calls |= {"reduce_scatter": groups * num_micro, "all_reduce": groups}
+    elif zero.stage == 3:
+        modules = sum(weights.times(p) for p in weights.shapes if p.num_elements > zero.persistence)
+        calls = {"all_gather": 1 + 2 * num_micro * modules, "reduce_scatter": buckets * num_micro}
+    else:
+        calls = {"all_gather": buckets + 1, "reduce": (buckets + 2 * size) * (1 if zero.stage == 1 else num_micro)}
+    gather = seconds(network, inside, "all_gather", calls["all_gather"], sent["all_gather"])
+    reductions = {name: sent[name] for name in ("reduce", "reduce_scatter") if name in sent}
+    reduce = sum(seconds(network, inside, name, calls[name], sent[name]) for name in reductions)  # type: ignore[arg-type]
+    reduce += seconds(network, across, "all_reduce", calls.get("all_reduce", 0), sent.get("all_reduce", 0.0))
+    # The first group of a pass has nothing before it to hide behind.
+    rest = recipe.model.num_layers / groups
+    if zero.engine == "fsdp2":
+        there = gather / 2 if zero.stage == 3 else gather
+        window = compute.forward / (1 if zero.stage == 3 else num_micro)  # stage 2 gathers in the first micro-batch
+        hidden = min(there * rest, window) + min((gather - there + reduce) * rest, compute.backward)
+    elif zero.stage == 3:
+        hidden = min(gather * rest, compute.total)
+    else:
+        hidden = 0.0
+    return Exchange(gather + reduce, gather + reduce - network.overlap * hidden)
+
+
+def optimizer_seconds(recipe: Recipe, shape: MeshShape, hardware: Hardware, weights: Weights, num_micro: int) -> float:
+    """Update, EMA, and copies of gradients. With zero.offload the update is the host's, and gradients and weights cross
+    to it and back. What else is moved to the host comes here too.
+    """
+    device, part = hardware.device, weights.trained / recipe.zero.partition_size(shape.dp * shape.cp)
+    copies = num_micro * weights.trained * gradient_bytes(recipe) / device.bandwidth
+    if recipe.zero.offload == "optimizer":
+        crossing = (4 + SIZES[recipe.precision.default.compute]) * part / device.host_bandwidth
+        return copies + crossing + part * update_bytes(recipe) / device.host_memory
+    return copies + part * update_bytes(recipe) / device.bandwidth
+
+
+def overhead_seconds(shape: MeshShape, hardware: Hardware, kernels: float, busy: float) -> float:
+    """The host's, and the sums of loss and gradient norm. busy: seconds of the device, which a GPU's host runs ahead of."""
+    device = hardware.device
+    host = kernels * device.launch
+    exposed = max(0.0, host - busy) if device.kind == "gpu" else host
+    world = group_place(shape.world_size, 1, shape, hardware)
+    return exposed + device.step + seconds(hardware.network, world, "all_reduce", 2, 0.0)
