@@ -1,11 +1,27 @@
 """The degrees of parallelism."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from types import MappingProxyType
+from typing import Final, Literal
 
 from framework.shapes import divisors
+
+AXES = ("dp", "ring", "ulysses", "tp")
+GROUP_AXES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "tp": ("tp",),
+        "ulysses": ("ulysses",),
+        "ring": ("ring",),
+        "cp": ("ring", "ulysses"),
+        "replica": ("ring", "ulysses", "tp"),
+        "dp": ("dp",),
+        "zero": ("dp", "ring", "ulysses"),
+        "world": AXES,
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -21,27 +21,13 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Final
 
 import numpy as np
 import torch.distributed as dist
 
-from framework.parallel.config import MeshShape, split_shape
+from framework.parallel.config import AXES, GROUP_AXES, MeshShape, split_shape
 
 BACKGROUND = "background"  # what the process groups of `background_group` are called
-AXES = ("dp", "ring", "ulysses", "tp")
-GROUP_AXES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {
-        "tp": ("tp",),
-        "ulysses": ("ulysses",),
-        "ring": ("ring",),
-        "cp": ("ring", "ulysses"),
-        "replica": ("ring", "ulysses", "tp"),
-        "dp": ("dp",),
-        "zero": ("dp", "ring", "ulysses"),
-        "world": AXES,
-    }
-)
 
 
 @dataclass
