@@ -3,8 +3,8 @@
     device:
       memory: {value: 84.9e9, source: "what torch reports on an H100 80GB"}
 
-Numbers are what is *reached*, not what a data sheet promises; `device.peak` alone is the data sheet's, as MFU is counted
-against it. A source that begins with "assumed" says that nobody has read or measured the number. `cuboid plan
+Numbers are what is *reached*, not what a data sheet promises; `device.peak` alone is the data sheet's, as MFU is
+counted against it. A source that begins with "assumed" says that nobody has read or measured the number. `cuboid plan
 --calibrate` writes such a file for the machine that it runs on (programs/calibrate.py).
 
 Units: bytes, seconds, FLOP/s, bytes/s, USD.

@@ -4,10 +4,11 @@ A collective of n ranks, of which l share a link domain, that sends b bytes from
 
     latency + (n - n/l) hop_inside + (n/l - 1) hop_across + b / bandwidth
 
-as NCCL's own model has it for a ring (src/graph/tuning.cc); the hops of a small all-reduce are a tree's, 2 log2. A ring
-that leaves a domain does so on l ports at once, each with 1/l of the bytes, so its bandwidth is min(inside, l across):
-four nodes of 8 ports of 47 GB/s all-reduce at 376 GB/s a rank. An all-to-all sends (n-l)/(n-1) of its bytes across, each
-rank by its own port. In a ring exchange some rank always sends to another domain, and the others wait for it.
+as NCCL's own model has it for a ring (src/graph/tuning.cc); the hops of a small all-reduce are a tree's, 2 log2. A
+ring that leaves a domain does so on l ports at once, each with 1/l of the bytes, so its bandwidth is min(inside, l
+across): four nodes of 8 ports of 47 GB/s all-reduce at 376 GB/s a rank. An all-to-all sends (n-l)/(n-1) of its bytes
+across, each rank by its own port. In a ring exchange some rank always sends to another domain, and the others wait for
+it.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""What a rank sends in a step, in closed form: the same bytes as traffic.py and zero_traffic.py, without their loops over
-layers and parameters, for planners that ask a thousand times.
+"""What a rank sends in a step, in closed form: the same bytes as traffic.py and zero_traffic.py, without their loops
+over layers and parameters, for planners that ask a thousand times.
 
 Closed forms hold for a model of which everything is trained, in one row of the precision table; for any other the
 ledgers themselves are asked. The rank is the first of its replica: Ulysses and tp deal remainders to the first ranks,
@@ -23,19 +23,29 @@ STEP = ("loss", "stop", "grad_norm")  # purposes of a step, whatever its micro-b
 
 
 @dataclass(frozen=True)
-class Weights:
-    """The parameters of a tp rank. shapes: those around the blocks, and one block's. layers: blocks. elements: of all.
-    trained: of those that are.
+class Part:
+    """Parameters that a tp rank holds alike: so many elements in so many rows. inside: a block's, gathered anew where a
+    block is computed again.
     """
 
-    shapes: tuple[ParameterShape, ...]
-    layers: int
+    elements: int
+    rows: int
+    inside: bool
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a tp rank holds of the model: made once for a model, asked for every mesh. parts: with how many parameters
+    are so; empty where the closed forms don't hold. count, elements: of all parameters. trained: elements that are.
+    decayed: those that AdamW decays. summed: (parameters, elements) whose gradients are summed over tp.
+    """
+
+    parts: tuple[tuple[Part, int], ...]
+    count: int
     elements: int
     trained: int
-
-    def times(self, parameter: ParameterShape) -> int:
-        """How many parameters it stands for."""
-        return self.layers if parameter.name.startswith("blocks.") else 1
+    decayed: int
+    summed: tuple[int, int]
 
 
 def is_closed(recipe: Recipe) -> bool:
@@ -44,15 +54,30 @@ def is_closed(recipe: Recipe) -> bool:
 
 
 def weights_of(recipe: Recipe, tp: int) -> Weights:
-    """What a tp rank holds of the model, whole."""
-    model, layers = recipe.model, recipe.model.num_layers
-    place = TensorParallel(tp)
-    if is_closed(recipe):
-        shapes = parameter_shapes(replace(model, num_layers=1), place)
-        elements = sum(p.num_elements * (layers if p.name.startswith("blocks.") else 1) for p in shapes)
-        return Weights(tuple(shapes), layers, elements, elements)
-    every = parameter_shapes(model, place, lora=recipe.lora, trainable=recipe.train.trainable)
-    return Weights(tuple(every), 1, elements_of(every), elements_of([p for p in every if p.trained]))
+    """What a rank of a tp group holds."""
+    model, closed, place = recipe.model, is_closed(recipe), TensorParallel(tp)
+    one = replace(model, num_layers=1) if closed else model
+    shapes = parameter_shapes(one, place, lora=recipe.lora, trainable=recipe.train.trainable)
+    layers = model.num_layers if closed else 1
+    counted = [(p, layers if p.name.startswith("blocks.") else 1) for p in shapes]
+    parts: Counter[Part] = Counter()
+    for parameter, times in counted if closed else ():
+        inside = parameter.name.startswith("blocks.") and not parameter.name.endswith(".scale_shift_table")
+        parts[Part(parameter.num_elements, parameter.shape[0], inside)] += times
+    summed = [(p, times) for p, times in counted if is_summed(p.name)]
+    return Weights(
+        parts=tuple(parts.items()),
+        count=sum(times for _, times in counted),
+        elements=elements(counted),
+        trained=elements([(p, times) for p, times in counted if p.trained]),
+        decayed=elements([(p, times) for p, times in counted if decays(p.name, len(p.shape))]),
+        summed=(sum(times for _, times in summed), elements(summed)),
+    )
+
+
+def elements(counted: list[tuple[ParameterShape, int]]) -> int:
+    """Of parameters that are there so often."""
+    return sum(parameter.num_elements * times for parameter, times in counted)
 
 
 class Sum:
@@ -117,9 +142,8 @@ def add_tensor_parallel(total: Sum, recipe: Recipe, shape: MeshShape, micro: Mic
     steps, narrow = micro.samples * micro.timesteps * width * p, micro.samples * width * c
     for size in (steps, 6 * steps, narrow * micro.text, narrow * micro.image):
         total.add("tp", "replicated", 2 * size, n, 1)
-    summed = [(p.num_elements, weights.times(p)) for p in weights.shapes if is_summed(p.name)]
-    count = sum(times for _, times in summed)
-    total.add("tp", "replicated", 2 * c * sum(size * times for size, times in summed) / count, n, count)
+    count, size = weights.summed
+    total.add("tp", "replicated", 2 * c * size / count, n, count)
 
 
 def engine_sent(recipe: Recipe, shape: MeshShape, num_micro: int, weights: Weights) -> dict[str, float]:
@@ -131,14 +155,13 @@ def engine_sent(recipe: Recipe, shape: MeshShape, num_micro: int, weights: Weigh
     c, g = SIZES[recipe.precision.default.compute], SIZES[recipe.precision.default.reduce]
     ranks, stage, half = shape.dp * shape.cp, recipe.zero.stage, recipe.precision.parameters == "bfloat16"
     part = (ranks - 1) / ranks
-    decayed = sum(p.num_elements * weights.times(p) for p in weights.shapes if decays(p.name, len(p.shape)))
-    groups = [n for n in (decayed, weights.elements - decayed) if n]
+    groups = [n for n in (weights.decayed, weights.elements - weights.decayed) if n]
 
     def scalars(size: int, over_zero: float) -> float:
         return 2 * size * (over_zero + (shape.tp - 1) / shape.tp)
 
     if stage == 3:
-        padded = [(p, -(-p.num_elements // ranks) * ranks * weights.times(p)) for p in weights.shapes]
+        padded = [(p, -(-p.elements // ranks) * ranks * times) for p, times in weights.parts]
         gathered = sum(count * stage3_gathers(recipe, p, weights, num_micro, shape.tp) for p, count in padded)
         reduced = num_micro * sum(count for _, count in padded)
         sent = {"all_gather": part * gathered * c, "reduce_scatter": part * reduced * g}
@@ -151,17 +174,17 @@ def engine_sent(recipe: Recipe, shape: MeshShape, num_micro: int, weights: Weigh
     return sent | {"scalars": len(groups) * scalars(4, part) + (scalars(1, part) if half else 0)}
 
 
-def stage3_gathers(recipe: Recipe, parameter: ParameterShape, weights: Weights, num_micro: int, tp: int) -> int:
+def stage3_gathers(recipe: Recipe, part: Part, weights: Weights, num_micro: int, tp: int) -> int:
     """How often DeepSpeed's stage 3 gathers a parameter; see zero_traffic.stage3_gathers."""
     zero = recipe.zero
-    if parameter.num_elements <= zero.persistence:
+    if part.elements <= zero.persistence:
         return 1
     if zero.reuse_distance >= 2 * weights.elements:
         return num_micro
-    inside = parameter.name.startswith("blocks.") and not parameter.name.endswith(".scale_shift_table")
-    recomputed = inside and recipe.execution.recompute != "none"
-    block = elements_of(block_shapes(recipe.model)) // tp
-    return num_micro * (3 if recomputed and zero.reuse_distance < 2 * block else 2)
+    again = part.inside and recipe.execution.recompute != "none"
+    if again and zero.reuse_distance < 2 * (elements_of(block_shapes(recipe.model)) // tp):
+        return 3 * num_micro
+    return 2 * num_micro
 
 
 def fsdp2_sent(recipe: Recipe, shape: MeshShape, num_micro: int, weights: Weights) -> dict[str, float]:
@@ -169,9 +192,7 @@ def fsdp2_sent(recipe: Recipe, shape: MeshShape, num_micro: int, weights: Weight
     row, ranks = recipe.precision.default, shape.dp * shape.cp
     size = recipe.zero.partition_size(ranks)
     replicas, part = ranks // size, (size - 1) / size
-    padded = sum(
-        -(-p.shape[0] // size) * size * (p.num_elements // p.shape[0]) * weights.times(p) for p in weights.shapes
-    )
+    padded = sum(-(-p.rows // size) * size * (p.elements // p.rows) * times for p, times in weights.parts)
     gathers = 2 * num_micro if recipe.zero.stage == 3 else 1
     return {
         "all_gather": gathers * part * padded * SIZES[row.compute],

@@ -9,8 +9,8 @@ over a link (sent.py, links.py). What hides behind what follows from the code:
 * A ring's message travels while the kernel of the same step runs; the last of the gradients' is waited for.
 * Ulysses and tp wait for their exchanges: all of them are exposed.
 * FSDP2 gathers a block while the one before computes, and reduces a block while the next one's backward runs.
-  DeepSpeed's stage 3 gathers ahead likewise. Its reductions, and the gathers of stages 1 and 2 at the step, don't overlap
-  (`overlap_comm` is off, parallel/zero/deepspeed.py).
+  DeepSpeed's stage 3 gathers ahead likewise. Its reductions, and the gathers of stages 1 and 2 at the step, don't
+  overlap (`overlap_comm` is off, parallel/zero/deepspeed.py).
 * Of what could hide so, the share `network.overlap` does.
 
 On a GPU the host runs ahead, so its launches count where they take longer than everything else; on a CPU they add up.
@@ -24,26 +24,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from framework.kernels.config import AttentionNeeds, resolve_attention
 from framework.parallel.config import MeshShape, split_shape
-from framework.parallel.zero.config import SIZES
+from framework.plan.computing import Compute, attention_rates, compute_of, optimizer_seconds, slowdown
 from framework.plan.flops import step_flops
-from framework.plan.hardware import Attention, Hardware, rate
+from framework.plan.hardware import Attention, Hardware
 from framework.plan.links import Kind, Place, place_of, seconds
 from framework.plan.sent import Own, Weights, engine_sent, micro_sent, weights_of
 from framework.plan.traffic import MicroShape
-from framework.plan.work import (
-    ATTENTION_BACKWARD,
-    BACKWARD_BYTES,
-    BACKWARD_KERNELS,
-    FUSED,
-    KERNELS,
-    MODEL_KERNELS,
-    PARAMETER_KERNELS,
-    block_work,
-    gradient_bytes,
-    update_bytes,
-)
+from framework.plan.work import ATTENTION_BACKWARD, block_work
 from framework.recipe import Recipe, bucket_degrees, bucket_tokens
 
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
@@ -72,37 +60,6 @@ class Exchange:
 
     def __mul__(self, times: float) -> "Exchange":
         return Exchange(self.total * times, self.exposed * times)
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Seconds of what a rank computes. forward, backward: what an exchange may hide behind. kernels: launched."""
-
-    linears: float = 0.0
-    attention: float = 0.0
-    elementwise: float = 0.0
-    recompute: float = 0.0
-    forward: float = 0.0
-    kernels: float = 0.0
-
-    @property
-    def backward(self) -> float:
-        return self.total - self.forward
-
-    @property
-    def total(self) -> float:
-        return self.linears + self.attention + self.elementwise + self.recompute
-
-    def plus(self, other: "Compute", times: float) -> "Compute":
-        """With `times` of another."""
-        return Compute(
-            self.linears + times * other.linears,
-            self.attention + times * other.attention,
-            self.elementwise + times * other.elementwise,
-            self.recompute + times * other.recompute,
-            self.forward + times * other.forward,
-            self.kernels + times * other.kernels,
-        )
 
 
 @dataclass(frozen=True)
@@ -152,23 +109,33 @@ class StepTime:
         return None if self.peak is None else self.rank_flops / self.peak
 
 
-def step_time(recipe: Recipe, shape: MeshShape, hardware: Hardware, micros: Sequence[MicroShape]) -> StepTime:
-    """Of a step of `micros` on each rank of a mesh. Raises ValueError where the hardware's description lacks a rate."""
-    weights, kinds = weights_of(recipe, shape.tp), Counter(micros)
+def step_time(
+    recipe: Recipe,
+    shape: MeshShape,
+    hardware: Hardware,
+    micros: Sequence[MicroShape],
+    *,
+    weights: Weights | None = None,
+) -> StepTime:
+    """Of a step of `micros` on each rank of a mesh. Raises ValueError where the hardware's description lacks a rate.
+
+    weights: `weights_of(recipe, shape.tp)`, for who asks for many meshes of one model.
+    """
+    weights, kinds = weights or weights_of(recipe, shape.tp), Counter(micros)
+    rates = attention_rates(recipe, hardware)
     compute, flops = Compute(), 0.0
     tp, ulysses, ring = Exchange(), Exchange(), Exchange()
     for micro, count in kinds.items():
         degrees = split_shape(shape, *bucket_degrees(recipe, micro.bucket))
-        here = compute_of(recipe, degrees, hardware, micro, weights)
-        own = micro_sent(recipe, shape, micro, weights)
-        compute = compute.plus(here, count)
+        work, own = block_work(recipe, degrees, micro), micro_sent(recipe, shape, micro, weights)
+        compute = compute.plus(compute_of(recipe, hardware, work, rates, weights), count)
         tp += waited(own, "tp", hardware, group_place(degrees.tp, 1, shape, hardware)) * count
         place = group_place(degrees.ulysses, degrees.tp, shape, hardware)
         ulysses += waited(own, "ulysses", hardware, place) * count
-        ring += ring_exchange(recipe, degrees, hardware, own, here.attention) * count
+        ring += ring_exchange(recipe, degrees, hardware, own, work.attention, rates) * count
         model = step_flops(
             recipe.model,
-            tokens=tokens_of(recipe, micro),
+            tokens=bucket_tokens(recipe, micro.bucket).num_tokens,
             text=micro.text,
             image=micro.image,
             timesteps=micro.timesteps,
@@ -195,63 +162,6 @@ def step_time(recipe: Recipe, shape: MeshShape, hardware: Hardware, micros: Sequ
     )
 
 
-def slowdown(shape: MeshShape, hardware: Hardware) -> float:
-    """How much slower a rank is where more ranks than cores take turns on a machine."""
-    shared = hardware.device.shared
-    return 1.0 if shared is None else max(1.0, min(shape.world_size, hardware.network.domain) / shared)
-
-
-def tokens_of(recipe: Recipe, micro: MicroShape) -> int:
-    """Real tokens of a sample."""
-    return bucket_tokens(recipe, micro.bucket).num_tokens
-
-
-def attention_rates(recipe: Recipe, hardware: Hardware) -> Attention:
-    """The kernel's. `auto` stands for the first that needs no package, as what is installed there isn't known here. In a
-    dtype that matrix products are slower in than attention's table says, it is as slow as they.
-    """
-    device, dtype = hardware.device, recipe.precision.default.compute
-    needs = AttentionNeeds(
-        dtype=dtype,
-        head_dim=recipe.model.attention_head_dim,
-        deterministic=recipe.train.deterministic,
-        has_gpu=device.kind == "gpu",
-    )
-    kernel = resolve_attention(recipe.attention, needs, ()).kernel
-    if kernel not in device.attention:
-        raise ValueError(
-            f"device.attention.{kernel} isn't described for {hardware.name}, only {', '.join(device.attention)}: set "
-            "attention.kernel to one of these, or add it to its file"
-        )
-    found, most = device.attention[kernel], rate(device.matmul, dtype, "device.matmul")
-    return Attention(min(found.forward, most), min(found.backward, most))
-
-
-def compute_of(recipe: Recipe, shape: MeshShape, hardware: Hardware, micro: MicroShape, weights: Weights) -> Compute:
-    """Of a micro-batch, forward and backward. shape: with the bucket's own degrees."""
-    work, device = block_work(recipe, shape, micro), hardware.device
-    rates, products = attention_rates(recipe, hardware), rate(device.matmul, recipe.precision.default.compute, "matmul")
-    layers, recompute = recipe.model.num_layers, recipe.execution.recompute
-    fused = FUSED if recipe.execution.compile else 1.0
-    forward_linears = (layers * work.linears + work.outer_linears) / products
-    forward_own, forward_cross = (layers * flops / rates.forward for flops in (work.attention, work.cross))
-    backward_attention = layers * ATTENTION_BACKWARD * (work.attention + work.cross) / rates.backward
-    moved = (layers * work.moved * fused + work.outer_moved) / device.bandwidth
-    again = layers * (work.linears / products + work.moved * fused / device.bandwidth) + forward_cross
-    repeats = {"none": 0.0, "keep_attention": again, "all": again + forward_own}[recompute]
-    passes = 1 + BACKWARD_KERNELS
-    blocks = layers * KERNELS * fused * (passes + (recompute != "none"))
-    parameters = PARAMETER_KERNELS * sum(weights.times(p) for p in weights.shapes)
-    return Compute(
-        linears=forward_linears * (2 + weights.trained / weights.elements),
-        attention=forward_own + forward_cross + backward_attention,
-        elementwise=moved * (1 + BACKWARD_BYTES),
-        recompute=repeats,
-        forward=forward_linears + forward_own + forward_cross + moved,
-        kernels=blocks + MODEL_KERNELS * passes + parameters,
-    )
-
-
 def group_place(size: int, stride: int, shape: MeshShape, hardware: Hardware) -> Place:
     """Where a group lies whose ranks are `stride` apart."""
     return place_of(size, stride, shape.world_size, hardware.network.domain)
@@ -267,8 +177,10 @@ def waited(own: Own, group: str, hardware: Hardware, place: Place) -> Exchange:
     return Exchange(total, total)
 
 
-def ring_exchange(recipe: Recipe, shape: MeshShape, hardware: Hardware, own: Own, attention: float) -> Exchange:
-    """Keys and values, and their gradients, of a micro-batch; attention: its seconds, forward and backward.
+def ring_exchange(
+    recipe: Recipe, shape: MeshShape, hardware: Hardware, own: Own, flops: float, rates: Attention
+) -> Exchange:
+    """Keys and values, and their gradients, of a micro-batch. flops: of self-attention in a block's forward.
 
     In a forward each of r - 1 messages travels during a kernel. In a backward of r kernels the first two see keys and
     values on the way, the last a gradient, those between both; the last gradient is waited for.
@@ -276,15 +188,13 @@ def ring_exchange(recipe: Recipe, shape: MeshShape, hardware: Hardware, own: Own
     r = shape.ring
     if r == 1 or ("ring", "ring") not in own:
         return Exchange()
-    rates, layers = attention_rates(recipe, hardware), recipe.model.num_layers
+    layers = recipe.model.num_layers
     place = place_of(r, shape.tp * shape.ulysses, shape.world_size, hardware.network.domain)
     costs = [seconds(hardware.network, place, "ring", *own["ring", name]) for name in ("ring", "ring_gradients")]
     pairs, gradients = (
         cost / own["ring", name][0] for cost, name in zip(costs, ("ring", "ring_gradients"), strict=True)
     )
-    weight = ATTENTION_BACKWARD * rates.forward / rates.backward
-    kernel = attention / (1 + weight) / layers / r
-    back = kernel * weight
+    kernel, back = flops / r / rates.forward, ATTENTION_BACKWARD * flops / r / rates.backward
     forwards = 1 + (recipe.execution.recompute == "all")
     hidden = forwards * (r - 1) * min(pairs, kernel) + min(2, r - 1) * min(pairs, back)
     hidden += max(0, r - 3) * min(pairs + gradients, back) + (r > 2) * min(gradients, back)
@@ -306,13 +216,13 @@ def zero_exchange(
         calls = {"all_gather": groups * (2 * num_micro if zero.stage == 3 else 1)}
         calls |= {"reduce_scatter": groups * num_micro, "all_reduce": groups}
     elif zero.stage == 3:
-        modules = sum(weights.times(p) for p in weights.shapes if p.num_elements > zero.persistence)
+        modules = sum(times for p, times in weights.parts if p.elements > zero.persistence) or weights.count
         calls = {"all_gather": 1 + 2 * num_micro * modules, "reduce_scatter": buckets * num_micro}
     else:
         calls = {"all_gather": buckets + 1, "reduce": (buckets + 2 * size) * (1 if zero.stage == 1 else num_micro)}
     gather = seconds(network, inside, "all_gather", calls["all_gather"], sent["all_gather"])
     reductions = {name: sent[name] for name in ("reduce", "reduce_scatter") if name in sent}
-    reduce = sum(seconds(network, inside, name, calls[name], sent[name]) for name in reductions)  # type: ignore[arg-type]
+    reduce = sum(seconds(network, inside, name, calls[name], sent[name]) for name in reductions)
     reduce += seconds(network, across, "all_reduce", calls.get("all_reduce", 0), sent.get("all_reduce", 0.0))
     # The first group of a pass has nothing before it to hide behind.
     rest = recipe.model.num_layers / groups
@@ -327,20 +237,8 @@ def zero_exchange(
     return Exchange(gather + reduce, gather + reduce - network.overlap * hidden)
 
 
-def optimizer_seconds(recipe: Recipe, shape: MeshShape, hardware: Hardware, weights: Weights, num_micro: int) -> float:
-    """Update, EMA, and copies of gradients. With zero.offload the update is the host's, and gradients and weights cross
-    to it and back. What else is moved to the host comes here too.
-    """
-    device, part = hardware.device, weights.trained / recipe.zero.partition_size(shape.dp * shape.cp)
-    copies = num_micro * weights.trained * gradient_bytes(recipe) / device.bandwidth
-    if recipe.zero.offload == "optimizer":
-        crossing = (4 + SIZES[recipe.precision.default.compute]) * part / device.host_bandwidth
-        return copies + crossing + part * update_bytes(recipe) / device.host_memory
-    return copies + part * update_bytes(recipe) / device.bandwidth
-
-
 def overhead_seconds(shape: MeshShape, hardware: Hardware, kernels: float, busy: float) -> float:
-    """The host's, and the sums of loss and gradient norm. busy: seconds of the device, which a GPU's host runs ahead of."""
+    """The host's, and the sums of loss and gradient norm. busy: of the device, which a GPU's host runs ahead of."""
     device = hardware.device
     host = kernels * device.launch
     exposed = max(0.0, host - busy) if device.kind == "gpu" else host

@@ -1,7 +1,7 @@
 """What a rank computes in a micro-batch: FLOPs of linears and attention, bytes that everything else moves, kernels.
 
-Of one block's forward, with the symbols of traffic.py, F feed-forward width, L text and N image tokens of a sample, S real
-tokens of a sample, q those of a ring rank:
+Of one block's forward, with the symbols of traffic.py, F feed-forward width, L text and N image tokens of a sample, S
+real tokens of a sample, q those of a ring rank:
 
     linears       2 n B s D (6 D + 2 F) / n  +  2 B (L + N) D 2 D / n        text's keys and values on every cp rank
     attention     4 B q S h d  +  4 n B s (L + N) D / n                      what has the most heads, and a full part
@@ -47,7 +47,7 @@ class Work:
 def block_work(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> Work:
     """Of the first rank of a replica. shape: with the bucket's own degrees."""
     model, b = recipe.model, micro.samples
-    n, u, r = shape.tp, shape.ulysses, shape.ring
+    n, u = shape.tp, shape.ulysses
     tokens, real = part_tokens(recipe, shape, micro), bucket_tokens(recipe, micro.bucket).num_tokens
     width, hidden, seen = model.width // n, -(-model.ffn_dim // n), micro.text + micro.image
     linears = linear_flops(tokens, model.width, 6 * width + 2 * hidden)
