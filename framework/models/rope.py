@@ -67,7 +67,9 @@ def time_frequencies(
             return frequencies_of(channels, THETA * rope.factor ** (channels / (channels - 2)), device)
         case "riflex":
             trained = rope.trained_frames / patch_frames
-            slowed = torch.arange(channels // 2, device=device) == covering_pair(channels, trained)
+            pair = covering_pair(channels, trained)
+            assert pair is not None, "check_rope"
+            slowed = torch.arange(channels // 2, device=device) == pair
             # A factor so small that the period is long enough already leaves it: it is never shortened.
             return torch.where(slowed, plain.clamp(max=2 * math.pi / (trained * rope.factor)), plain)
 
