@@ -30,7 +30,7 @@ from framework.kernels.config import (
 )
 from framework.launch.config import ClusterConfig
 from framework.layers import Tree, apply_overrides, foreign_keys, merge_typed, read_layers
-from framework.models.config import ExecutionConfig, LoraConfig, ModelConfig
+from framework.models.config import ExecutionConfig, LoraConfig, ModelConfig, RopeConfig, check_rope
 from framework.parallel.config import MeshConfig
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig, check_engine
 from framework.plan.config import HardwareConfig
@@ -178,6 +178,7 @@ class Recipe:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -278,6 +279,7 @@ def check_recipe(recipe: Recipe) -> None:
             f"set model.text_dim={width}"
         )
     check_engine(recipe.zero, recipe.precision)
+    check_rope(recipe.rope, model)
     check_patterns(model, recipe.lora, recipe.train.trainable)
     check_degrees(recipe)
 

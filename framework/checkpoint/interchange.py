@@ -22,7 +22,7 @@ from framework.checkpoint.read import CheckpointReader
 from framework.checkpoint.records import StoredTensor, TensorOfRecord, encode_metadata, file_head
 from framework.checkpoint.source import CheckpointSource, Weights
 from framework.checkpoint.write import Range, lay_out, put_checksummed, write_boxes
-from framework.models.config import LoraConfig, ModelConfig, is_adapter
+from framework.models.config import LoraConfig, ModelConfig, RopeConfig, is_adapter
 from framework.models.export import (
     Merged,
     Planned,
@@ -66,6 +66,12 @@ def export(place: str, out: Path, request: ExportRequest) -> list[str]:
     if not held.average:
         request = replace(request, weights="raw")
     config, lora = configs_of(reader)
+    rope = RopeConfig(**reader.found.manifest.config.get("rope", {}))
+    if rope.time != "none" and request.format != "torch":
+        raise ValueError(
+            f"{held.name} was trained with rope.time={rope.time} rope.factor={rope.factor:g}, which diffusers has no "
+            "field for: it would run these weights at other positions. --format torch exports them as they are"
+        )
     has_adapters = any(is_adapter(name) for name in held.shapes())
     source: TensorSource = held
     if request.merge and request.format == "lora":
@@ -92,8 +98,10 @@ def export(place: str, out: Path, request: ExportRequest) -> list[str]:
         case "torch":
             write_dict(out, source, plan_tensors(source, dtype))
     step = reader.found.entry.step
+    turned = f"{out}: of rotary positions with time={rope.time} factor={rope.factor:g}; who loads it must turn likewise"
     return [
         *held.notes,
+        *([] if rope.time == "none" else [turned]),
         f"{out}: {request.format}, {request.dtype}, {request.weights} weights of step {step} of {held.name}",
     ]
 

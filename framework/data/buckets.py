@@ -42,26 +42,42 @@ def open_streams(configs: list[StreamConfig], *, tokenizer: str, text: str | Non
         version = stream.shards.tokenizer_version
         if stream.shards.schema == LATENT_SCHEMA and version != tokenizer:
             raise ValueError(
-                f"{stream.config.path} holds latents of the tokenizer {version}, the recipe's is {tokenizer}: "
-                f"encode it again with `cuboid encode`, or choose the recipe's tokenizer to match"
+                f"{stream.config.path} holds latents of the tokenizer {version}, the recipe's is "
+                f"{tokenizer or 'not named'}: encode it again with `cuboid encode`, or choose the recipe's tokenizer "
+                f"to match (tokenizer.name=latents takes them by tokenizer.latents.version={version})"
             )
         stored = stream.shards.text_version
         if None not in (stored, text) and stored != text:
             raise ValueError(
-                f"{stream.config.path} holds texts of the encoder {stored}, the recipe's is {text}: encode it "
-                f"again with `cuboid encode` (--reuse {stream.config.path} keeps its latents), or choose the recipe's "
-                f"text encoder to match"
+                f"{stream.config.path} holds texts of the encoder {stored}, the recipe's is {text or 'not named'}: "
+                f"encode it again with `cuboid encode` (--reuse {stream.config.path} keeps its latents), or choose the "
+                f"recipe's text encoder to match (text.name=stored takes them by text.stored.version={stored})"
             )
     return streams
 
 
 def streams_of(recipe: Recipe, configs: list[StreamConfig] | None = None) -> list[Stream]:
     """The recipe's streams, or others, opened and checked against its tokenizer and text encoder. Raises ValueError."""
-    return open_streams(
+    streams = open_streams(
         recipe.data.streams if configs is None else configs,
         tokenizer=tokenizer_version(recipe.tokenizer),
         text=text_version(recipe.text),
     )
+    for stream in streams:
+        check_encoded(stream, recipe)
+    return streams
+
+
+def check_encoded(stream: Stream, recipe: Recipe) -> None:
+    """Raises ValueError for pixels or captions that the recipe has no encoder for."""
+    path, shards = stream.config.path, stream.shards
+    if recipe.tokenizer.name == "latents" and shards.schema != LATENT_SCHEMA:
+        raise ValueError(f"{path} holds videos, and tokenizer.name=latents can't encode them: name shards of latents")
+    if recipe.text.name == "stored" and shards.text_version is None:
+        raise ValueError(
+            f"{path} holds captions without embeddings, and text.name=stored can't embed them: name shards with them "
+            "(`cuboid encode --text`), or another text.name"
+        )
 
 
 def identity_of(streams: list[Stream]) -> str:

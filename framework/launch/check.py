@@ -48,6 +48,7 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     check_table(recipe)
     check_kernel(recipe, num_gpus=num_gpus)
     check_boards(recipe)
+    check_samples(recipe)
     if num_ranks is None:  # ranks see for themselves, with more patience
         check_data(recipe)
     return shape
@@ -73,6 +74,17 @@ def check_boards(recipe: Recipe) -> None:
     if recipe.log.wandb and find_spec("wandb") is None:
         raise ValueError(
             f"log.wandb={recipe.log.wandb} needs a package that isn't installed: pip install 'cuboid[wandb]'"
+        )
+
+
+def check_samples(recipe: Recipe) -> None:
+    """Raises ValueError where videos are to be sampled without what embeds a prompt, or decodes a latent."""
+    names = {"tokenizer.name": recipe.tokenizer.name, "text.name": recipe.text.name}
+    absent = [f"{key}={name}" for key, name in names.items() if name in ("latents", "stored")]
+    if recipe.samples.every and absent:
+        raise ValueError(
+            f"samples.every={recipe.samples.every} with {' and '.join(absent)}: nothing here embeds a prompt or makes "
+            "pixels of latents; set samples.every=0"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Final, Literal
 # Names of the adapters' matrices below their linear's, PEFT's.
 LORA_A: Final = "lora_A"
 LORA_B: Final = "lora_B"
+THETA: Final = 10000.0  # base of the rotary frequencies
 ATTENTION_LINEARS: Final = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
 
 
@@ -135,6 +136,60 @@ class ExecutionConfig:
 
     recompute: Literal["none", "all", "keep_attention"] = "none"
     compile: bool = False
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions of clips longer than the weights were trained on; the laws are in models/rope.py.
+
+    time: how the frequencies of the axis of frames are scaled; those of rows and columns never are. factor: length now
+    / length trained. trained_frames: latent frames that the weights were trained on, which only riflex reads.
+    """
+
+    time: Literal["none", "interpolation", "ntk", "riflex"] = "none"
+    factor: float = 1.0
+    trained_frames: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < math.inf:
+            raise ValueError(f"rope.factor={self.factor} (length now / length trained) must be at least 1")
+        if self.time == "none" and self.factor != 1:
+            raise ValueError(f"rope.factor={self.factor} with rope.time=none: choose rope.time, or drop rope.factor")
+        if self.time == "riflex" and self.trained_frames < 1:
+            raise ValueError(
+                f"rope.time=riflex needs rope.trained_frames, the latent frames that the weights were trained on "
+                f"(21 of 81 frames at a stride of 4), not {self.trained_frames}"
+            )
+        if self.time != "riflex" and self.trained_frames:
+            raise ValueError(
+                f"rope.trained_frames={self.trained_frames} with rope.time={self.time}: only riflex reads it; drop it"
+            )
+
+
+NO_SCALING: Final = RopeConfig()
+
+
+def axis_channels(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head that turn with frames, rows and columns."""
+    space = 2 * (head_dim // 6)
+    return head_dim - 2 * space, space, space
+
+
+def covering_pair(channels: int, length: float) -> int | None:
+    """The first pair, from 0, of an axis whose period is at least `length` positions; None where there is none."""
+    periods = (2 * math.pi * THETA ** (2 * j / channels) for j in range(channels // 2))
+    return next((j for j, period in enumerate(periods) if period >= length), None)
+
+
+def check_rope(rope: RopeConfig, model: ModelConfig) -> None:
+    """Raises ValueError where the heads have too few channels for the scaling."""
+    channels = axis_channels(model.attention_head_dim)[0]
+    trained = rope.trained_frames / model.patch_size[0]
+    if (rope.time == "ntk" and channels < 4) or (rope.time == "riflex" and covering_pair(channels, trained) is None):
+        raise ValueError(
+            f"rope.time={rope.time}: the {channels} channels that model.attention_head_dim={model.attention_head_dim} "
+            f"leaves for frames have no period to scale: set rope.time=interpolation"
+        )
 
 
 @dataclass(frozen=True)

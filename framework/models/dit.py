@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from framework.batch import TokenLayout
 from framework.kernels.attention import AttentionKernel
-from framework.models.config import ModelConfig
+from framework.models.config import NO_SCALING, ModelConfig, RopeConfig
 from framework.models.embedders import ConditionEmbedder
 from framework.models.layers import (
     CrossAttention,
@@ -110,9 +110,9 @@ class DiT(nn.Module):
     on_tokens: Seam = staticmethod(as_it_is)
     run_block: Callable[..., Tensor] = staticmethod(call)
 
-    def __init__(self, config: ModelConfig, attention: AttentionKernel) -> None:
+    def __init__(self, config: ModelConfig, attention: AttentionKernel, *, rope: RopeConfig = NO_SCALING) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.rope = config, rope
         self.patch_embedding = PatchEmbedding(config.in_channels, config.width, config.patch_size)
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
@@ -150,7 +150,13 @@ class DiT(nn.Module):
         temb_btd, modulation_bt6d, text_bld = (self.on_tokens(x) for x in (temb_btd, modulation_bt6d, text_bld))
         image_bnd = None if image_bnd is None else self.on_tokens(image_bnd)
         rows_bs = frame_rows(frame_index_bs, timesteps_bt.shape[1])
-        rotation_bs1k = build_rotation(positions_bs3, self.config.attention_head_dim, precise)
+        rotation_bs1k = build_rotation(
+            positions_bs3,
+            self.config.attention_head_dim,
+            precise,
+            self.rope,
+            patch_frames=self.config.patch_size[0],
+        )
         context = Context(text_bld, None if text_mask_bl is None else text_mask_bl.sum(1), image_bnd)
         for block in self.blocks:
             x_bsd = self.run_block(block, x_bsd, modulation_bt6d, rows_bs, rotation_bs1k, context, layout)

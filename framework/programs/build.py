@@ -211,7 +211,7 @@ def build_model(recipe: Recipe, mesh: Mesh) -> tuple[nn.Module, list[ParameterSh
     """The transformer on the meta device, and what this rank holds of each parameter."""
     with torch.device("meta"):
         kernel = build_attention(recipe.attention, deterministic=recipe.train.deterministic)
-        model = DiT(recipe.model, kernel)
+        model = DiT(recipe.model, kernel, rope=recipe.rope)
     lora, patterns = recipe.lora, recipe.train.trainable
     return model, parallelize(model, mesh, recipe.execution, lora=lora, trainable=patterns)
 

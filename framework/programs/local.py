@@ -30,4 +30,4 @@ def empty_model(recipe: Recipe) -> DiT:
     """
     here = resolve_auto(replace(recipe, attention=AttentionConfig()))
     with torch.device("meta"):
-        return DiT(recipe.model, build_attention(here.attention))
+        return DiT(recipe.model, build_attention(here.attention), rope=recipe.rope)

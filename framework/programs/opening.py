@@ -128,5 +128,5 @@ def build_subject(opened: Opened, resumed: Resumed | None) -> Subject:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         parents=parents if resumed is None else (resumed.found.entry.folder,),
     )
-    configs = {"model": asdict(recipe.model), "lora": asdict(recipe.lora)}
+    configs = {"model": asdict(recipe.model), "lora": asdict(recipe.lora), "rope": asdict(recipe.rope)}
     return Subject(origin, configs, opened.shards, known=None if resumed is None else resumed.frozen)

@@ -48,15 +48,36 @@ class HfConfig:
 
 
 @dataclass(frozen=True)
+class StoredConfig:
+    """An encoder of which only the embeddings are here, stored with the latents. The defaults are UMT5's, as Wan reads
+    it.
+
+    width: of the embeddings. max_length: tokens a caption is padded to. mask: False feeds the padding as zeros,
+    unmasked. version: what the shards say the encoder is (the `text` of their manifest).
+    """
+
+    width: int = 4096
+    max_length: int = 512
+    mask: bool = False
+    version: str = ""
+
+    def __post_init__(self) -> None:
+        check_length("stored", self.max_length)
+        if self.width < 1:
+            raise ValueError(f"text.stored.width={self.width} must be at least 1")
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """name chooses the alternative; only that one's fields may be set. dropout: share of captions replaced by the
     empty one.
     """
 
-    name: Literal["bytes", "minilm", "hf"] = "bytes"
+    name: Literal["bytes", "minilm", "hf", "stored"] = "bytes"
     bytes: BytesConfig | None = None
     minilm: MinilmConfig | None = None
     hf: HfConfig | None = None
+    stored: StoredConfig | None = None
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -73,6 +94,8 @@ def text_width(config: TextConfig) -> int | None:
             return 384
         case "hf":
             return None
+        case "stored":
+            return (config.stored or StoredConfig()).width
 
 
 def text_length(config: TextConfig) -> int:
@@ -84,8 +107,16 @@ def text_length(config: TextConfig) -> int:
             return (config.minilm or MinilmConfig()).max_length
         case "hf":
             return (config.hf or HfConfig()).max_length
+        case "stored":
+            return (config.stored or StoredConfig()).max_length
 
 
 def text_masked(config: TextConfig) -> bool:
     """Whether padding is masked; otherwise it is attended to, as zeros."""
-    return config.name != "hf" or (config.hf or HfConfig()).mask
+    match config.name:
+        case "bytes" | "minilm":
+            return True
+        case "hf":
+            return (config.hf or HfConfig()).mask
+        case "stored":
+            return (config.stored or StoredConfig()).mask

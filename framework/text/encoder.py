@@ -56,3 +56,8 @@ def build_text_encoder(config: TextConfig, device: torch.device | str = "cpu") -
             from framework.text.hf import HfEncoder
 
             return HfEncoder(config.hf or HfConfig(), device)
+        case "stored":
+            raise ValueError(
+                "text.name=stored knows the shape of embeddings that were made elsewhere, and can embed no caption: "
+                "train on shards that hold them, without samples, or choose text.name=bytes, minilm or hf"
+            )

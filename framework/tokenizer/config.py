@@ -44,12 +44,39 @@ class WanConfig:
 
 
 @dataclass(frozen=True)
+class LatentsConfig:
+    """A tokenizer of which only the latents are here: what planning and training on them need to know. The defaults
+    are the numbers of Wan 2.1's.
+
+    time, height, width: its strides. causal: whether the first frame stands alone. channels: of the latents. version:
+    what their shards say the tokenizer is (the `tokenizer` of their manifest).
+    """
+
+    time: int = 4
+    height: int = 8
+    width: int = 8
+    causal: bool = True
+    channels: int = 16
+    version: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("time", "height", "width", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"tokenizer.latents.{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def strides(self) -> Strides:
+        return Strides(self.time, self.height, self.width, self.causal)
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
     """name chooses the alternative; only that one's fields may be set."""
 
-    name: Literal["dct", "wan"] = "dct"
+    name: Literal["dct", "wan", "latents"] = "dct"
     dct: DctConfig | None = None
     wan: WanConfig | None = None
+    latents: LatentsConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +133,8 @@ def tokenizer_strides(config: TokenizerConfig) -> Strides:
             return Strides(time=4, height=8, width=8, causal=True)
         case "wan":
             return read_wan(config.wan or WanConfig()).strides
+        case "latents":
+            return (config.latents or LatentsConfig()).strides
 
 
 def tokenizer_channels(config: TokenizerConfig) -> int:
@@ -115,6 +144,8 @@ def tokenizer_channels(config: TokenizerConfig) -> int:
             return (config.dct or DctConfig()).coefficients
         case "wan":
             return len(read_wan(config.wan or WanConfig()).mean)
+        case "latents":
+            return (config.latents or LatentsConfig()).channels
 
 
 def tokenizer_version(config: TokenizerConfig) -> str:
@@ -130,3 +161,5 @@ def tokenizer_version(config: TokenizerConfig) -> str:
             wan = config.wan or WanConfig()
             vae = read_wan(wan)
             return f"wan-{files_hash([vae.directory / 'config.json', *vae.weights])}-{wan.dtype}"
+        case "latents":
+            return (config.latents or LatentsConfig()).version

@@ -72,3 +72,8 @@ def build_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu")
             from framework.tokenizer.wan import WanTokenizer
 
             return WanTokenizer(config.wan or WanConfig(), device)
+        case "latents":
+            raise ValueError(
+                "tokenizer.name=latents knows the shape of latents that were made elsewhere, and can neither encode "
+                "nor decode pixels: train on shards of latents, without samples, or choose tokenizer.name=dct or wan"
+            )

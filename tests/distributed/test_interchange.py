@@ -98,6 +98,17 @@ def test_torch_loads_an_export(recipe: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, stored[f"model.{name}"]) for name, value in read.items())
 
 
+def test_scaled_rotary_positions_go_out_to_torch_only(tmp_path: Path, tiny_shards: Path) -> None:
+    """diffusers' configuration has no field for them, so that the weights would be run at other positions."""
+    path = write_recipe(tmp_path, tiny_shards, ["train.steps=1", "rope.time=interpolation", "rope.factor=2"])
+    run_ranks(ranks.train, 1, path, [])
+    for form in ("diffusers", "lora"):
+        status, text = command("checkpoint", "export", tmp_path / "run", "--out", tmp_path / "x", "--format", form)
+        assert status == 1 and "rope.time=interpolation rope.factor=2, which diffusers has no field for" in text
+    status, text = command("checkpoint", "export", tmp_path / "run", "--out", tmp_path / "x", "--format", "torch")
+    assert status == 0 and "rotary positions with time=interpolation factor=2" in text
+
+
 def test_adapters_and_merged_weights(adapted: Path, tmp_path: Path) -> None:
     """The base with PEFT's adapters by diffusers' loader computes what the merged export does."""
     from diffusers import WanTransformer3DModel

@@ -162,6 +162,7 @@ def test_free_keys_may_change(recipe_path: Path, stored: Recipe, word: str) -> N
         ("precision.parameters=bfloat16", "precision.parameters"),
         ("train.trainable=['*norm*']", "train.trainable"),
         ("lora.rank=4", "lora.rank"),
+        ("rope.time=ntk", "rope.time"),
         ("tokenizer.dct.scale=2", "tokenizer.dct.scale"),
     ],
 )
