@@ -99,6 +99,14 @@ class Tokens:
     layout: TokenLayout
 
 
+class Score(Protocol):
+    """What becomes of a prediction, such as its loss."""
+
+    def __call__(self, prediction_bsq: Tensor, first: int, /) -> Tensor:
+        """Of the tokens from this rank's `first` on: `B`; the whole's is the sum over its parts."""
+        ...
+
+
 class Predictor(Protocol):
     """Whatever holds the transformer's weights: an engine, or a model in one process."""
 

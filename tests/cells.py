@@ -46,13 +46,14 @@ IMAGE = replace(MODEL, image_dim=5, added_kv_proj_dim=36, in_channels=4)
 @dataclass(frozen=True)
 class Cell:
     """One cell. latent: frames, rows, columns of patches. samples: over all dp ranks; 0 of them on some if fewer.
-    adapted: adapters on all kinds of linears. trainable: patterns of what is trained besides.
+    memory: the other keys of `execution`. adapted: adapters on all kinds of linears. trainable: patterns of what is trained besides.
     """
 
     mesh: MeshShape
     latent: tuple[int, int, int] = (2, 2, 3)
     samples: int = 2
     recompute: Literal["none", "all", "keep_attention"] = "none"
+    memory: tuple[tuple[str, int], ...] = ()
     image: bool = False
     micro: int = 1
     split: tuple[int, int] | None = None
@@ -73,6 +74,7 @@ class Cell:
     def __str__(self) -> str:
         words = [f"dp{self.mesh.dp}r{self.mesh.ring}u{self.mesh.ulysses}tp{self.mesh.tp}", f"{self.num_tokens}tokens"]
         words += [self.recompute] if self.recompute != "none" else []
+        words += [f"{name}{value}" for name, value in self.memory]
         words += ["image"] if self.image else []
         words += [f"micro{self.micro}"] if self.micro > 1 else []
         words += ["adapted"] if self.adapted else []
@@ -134,14 +136,14 @@ def serial(cell: Cell, config: ModelConfig) -> tuple[float, dict[str, Tensor], d
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data.copy_(base + values * 0.3)
     inputs = inputs_of(cell, config)
-    losses = sample_losses(run(model, inputs.tokens, inputs, slice(None)), inputs.tokens, slice(None))
-    loss = losses.sum() / cell.samples
+    loss = run(model, inputs.tokens, inputs, slice(None)).sum() / cell.samples
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return float(loss.detach()), gradients, {name: p.detach() for name, p in model.named_parameters()}
 
 
 def run(model: DiT, tokens: Tokens, inputs: Inputs, rows: slice) -> Tensor:
+    """Each sample's loss."""
     image = None if inputs.image is None else inputs.image[rows]
     return model(
         tokens.patches,
@@ -152,14 +154,15 @@ def run(model: DiT, tokens: Tokens, inputs: Inputs, rows: slice) -> Tensor:
         layout=tokens.layout,
         text_mask_bl=inputs.mask[rows],
         image_bnd=image,
+        score=lambda prediction, first: sample_losses(prediction, tokens, first),
     )
 
 
-def sample_losses(prediction: Tensor, tokens: Tokens, rows: slice) -> Tensor:
-    """Each sample's weighted mean squared error over its real tokens, as far as they are here."""
+def sample_losses(prediction: Tensor, tokens: Tokens, first: int) -> Tensor:
+    """Each sample's weighted mean squared error over its real tokens, as far as they are predicted here."""
     assert tokens.target is not None
-    valid = tokens.layout.num_valid
-    error = (prediction[:, :valid] - tokens.target[:, :valid]).square().sum(dim=(1, 2))
+    target = tokens.target[:, : tokens.layout.num_valid][:, first : first + prediction.shape[1]]
+    error = (prediction[:, : target.shape[1]] - target).square().sum(dim=(1, 2))
     return error * tokens.weights / (sum(tokens.layout.valid) * prediction.shape[2])
 
 
@@ -190,7 +193,7 @@ def parallel(
     """This rank's loss and gradients, summed over zero but not yet put together over tp."""
     with torch.device("meta"):
         model = DiT(config, ReferenceAttention() if cell.reference_kernel else AtenAttention())
-    execution = ExecutionConfig(recompute=cell.recompute)
+    execution = ExecutionConfig(recompute=cell.recompute, **dict(cell.memory))  # type: ignore[arg-type]
     shards = parallelize(model, mesh, execution, lora=cell.lora, trainable=cell.trainable)
     fill(model, shards, weights)
     here = mesh if cell.split is None else mesh.split(*cell.split)
@@ -205,7 +208,7 @@ def parallel(
         if empty:  # an empty slot: it is computed and weighs nothing
             rows = slice(0, 1)
         tokens = split_tokens(rows_of(inputs.tokens, rows), here)
-        loss = sample_losses(run(model, tokens, inputs, rows), tokens, rows).sum() / cell.samples
+        loss = run(model, tokens, inputs, rows).sum() / cell.samples
         loss = loss * 0 if empty else loss
         loss.backward()
         total += loss.detach()

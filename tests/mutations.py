@@ -52,7 +52,7 @@ def padding_in_the_loss() -> None:
     """Padded tokens count: their target is zero and their prediction is not."""
     import cells
 
-    def wrong(prediction: Tensor, tokens: Any, rows: slice) -> Tensor:
+    def wrong(prediction: Tensor, tokens: Any, first: int) -> Tensor:
         error = (prediction - tokens.target).square().sum(dim=(1, 2))
         return error * tokens.weights / (sum(tokens.layout.valid) * prediction.shape[2])
 
@@ -91,8 +91,8 @@ def bucket_weight_off_by_cp() -> None:
 
     right = cells.sample_losses
 
-    def wrong(prediction: Tensor, tokens: Any, rows: slice) -> Tensor:
-        return right(prediction, tokens, rows) * tokens.layout.mesh.cp.size
+    def wrong(prediction: Tensor, tokens: Any, first: int) -> Tensor:
+        return right(prediction, tokens, first) * tokens.layout.mesh.cp.size
 
     cells.sample_losses = wrong
 
@@ -160,21 +160,24 @@ def engine_reduces_over_dp_only() -> None:
 def engine_padding_in_the_loss() -> None:
     """Padded tokens count."""
 
-    def wrong(self: flow.Flow, prediction: Tensor, tokens: Any) -> Tensor:
-        sums = (prediction - tokens.target).square().sum(dim=(1, 2)) * tokens.weights
-        return sums / (sum(tokens.layout.valid) * prediction.shape[2])
+    def wrong(self: flow.Flow, tokens: Any) -> Any:
+        def score(prediction: Tensor, first: int) -> Tensor:
+            sums = (prediction - tokens.target).square().sum(dim=(1, 2)) * tokens.weights
+            return sums / (sum(tokens.layout.valid) * prediction.shape[2])
 
-    flow.Flow.losses = wrong  # type: ignore[method-assign]
+        return score
+
+    flow.Flow.score = wrong  # type: ignore[method-assign]
 
 
 def engine_bucket_weight_off_by_cp() -> None:
     """A bucket's loss is weighed by its cp."""
-    right = flow.Flow.losses
+    right = flow.Flow.score
 
-    def wrong(self: flow.Flow, prediction: Tensor, tokens: Any) -> Tensor:
-        return right(self, prediction, tokens) * tokens.layout.mesh.cp.size
+    def wrong(self: flow.Flow, tokens: Any) -> Any:
+        return lambda *given: right(self, tokens)(*given) * tokens.layout.mesh.cp.size
 
-    flow.Flow.losses = wrong  # type: ignore[method-assign]
+    flow.Flow.score = wrong  # type: ignore[method-assign]
 
 
 def column_adapter_not_summed() -> None:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from framework.batch import Batch, Noised, Tokens
+from framework.batch import Batch, Noised, Score, Tokens
 from framework.diffusion.config import FlowConfig, LossConfig
 from framework.diffusion.timesteps import noise_level, num_tokens, shift_value
 from framework.keys import key, uniform
@@ -81,14 +81,22 @@ class Flow:
 
     def losses(self, prediction_bsq: Tensor, tokens: Tokens) -> Tensor:
         """Each sample's weighted squared error, `B`, summed over this rank's valid tokens."""
-        assert tokens.target is not None
-        dtype = torch.promote_types(prediction_bsq.dtype, torch.float32)
-        valid = tokens.layout.num_valid
-        error = prediction_bsq[:, :valid].to(dtype) - tokens.target[:, :valid].to(dtype)
-        sums = error.square().sum(dim=(1, 2)) * tokens.weights
-        if self._loss.weight == "per_token":
-            return sums
-        return sums / (sum(tokens.layout.valid) * prediction_bsq.shape[2])
+        return self.score(tokens)(prediction_bsq, 0)
+
+    def score(self, tokens: Tokens) -> Score:
+        """The same as a function of the prediction of some of the rank's tokens, from one on."""
+
+        def losses(prediction_bsq: Tensor, first: int) -> Tensor:
+            assert tokens.target is not None
+            dtype = torch.promote_types(prediction_bsq.dtype, torch.float32)
+            valid = max(0, min(prediction_bsq.shape[1], tokens.layout.num_valid - first))
+            target = tokens.target[:, first : first + valid]
+            sums = (prediction_bsq[:, :valid].to(dtype) - target.to(dtype)).square().sum(dim=(1, 2)) * tokens.weights
+            if self._loss.weight == "per_token":
+                return sums
+            return sums / (sum(tokens.layout.valid) * prediction_bsq.shape[2])
+
+        return losses
 
     def global_count(self, counts: Sequence[float], latents: Sequence[LatentShape], channels: int) -> float:
         """What a sum is divided by. counts: samples a bucket over all ranks; latents: the buckets' shapes."""

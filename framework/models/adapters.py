@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from framework.models.config import LORA_A, LORA_B, LoraConfig, is_adapter
-from framework.models.layers import PreciseLinear, Seam, TokenLinear, as_it_is
+from framework.models.layers import PreciseLinear, Seam, TokenLinear, Use, as_it_is
 
 ADAPTER_FILE: Final = "pytorch_lora_weights.safetensors"
 METADATA_KEY: Final = "lora_adapter_metadata"  # diffusers' `loaders/lora_base.py`
@@ -73,8 +73,12 @@ class AdaptedPreciseLinear(Adapted, PreciseLinear):
 class AdaptedTokenLinear(Adapted, TokenLinear):
     """An adapted head."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.add_adapter(TokenLinear.forward(self, input), input)
+    def forward(self, input: Tensor, use: Use | None = None) -> Tensor:
+        if use is None:
+            return self.add_adapter(TokenLinear.forward(self, input), input)
+        return TokenLinear.forward(
+            self, input, lambda linear, x: use(lambda part: self.add_adapter(linear(part), part), x)
+        )
 
 
 def add_adapters(model: nn.Module, lora: LoraConfig) -> None:

@@ -131,11 +131,46 @@ class ExecutionConfig:
 
     recompute: what the backward computes again instead of keeping it from the forward: none of it; all of each block
     (Chen et al., arXiv 1604.06174), exchanges between ranks included; or all but self-attention and its exchanges, the
-    dearest part of a long clip. compile: torch.compile for each block.
+    dearest part of a long clip. recompute_blocks: how many blocks do so, evenly over the depth, null = all; the others
+    keep everything. offload: what these blocks keep waits in the host's memory from the forward to the backward.
+    chunk_tokens: norms, modulation and feed-forward run over so many of a rank's tokens at a time, and compute again in
+    the backward what is wide; 0 = over all at once, and nothing again. loss_chunk_tokens: likewise head and loss, so
+    that the prediction never exists whole. compile: torch.compile for each block.
     """
 
     recompute: Literal["none", "all", "keep_attention"] = "none"
+    recompute_blocks: int | None = None
+    offload: bool = False
+    chunk_tokens: int = 0
+    loss_chunk_tokens: int = 0
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_tokens", "loss_chunk_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"execution.{name}={getattr(self, name)} must be at least 1, or 0 for all at once")
+        if self.recompute_blocks is not None and self.recompute == "none":
+            raise ValueError(
+                f"execution.recompute_blocks={self.recompute_blocks} with execution.recompute=none: no block is "
+                "recomputed; set execution.recompute=all or keep_attention, or drop execution.recompute_blocks"
+            )
+        if self.recompute_blocks is not None and self.recompute_blocks < 1:
+            raise ValueError(
+                f"execution.recompute_blocks={self.recompute_blocks} must be at least 1; for none of them set "
+                "execution.recompute=none"
+            )
+        if self.offload and self.recompute == "none":
+            raise ValueError(
+                "execution.offload=true with execution.recompute=none: what waits on the host is what recomputed "
+                "blocks keep, and none is recomputed; set execution.recompute=all or keep_attention"
+            )
+
+    def recomputes(self, index: int, num_layers: int) -> bool:
+        """Whether the block of this index is recomputed. Of n blocks, k are those at which k i / n passes an integer."""
+        if self.recompute == "none":
+            return False
+        chosen = num_layers if self.recompute_blocks is None else self.recompute_blocks
+        return (index + 1) * chosen // num_layers > index * chosen // num_layers
 
 
 @dataclass(frozen=True)

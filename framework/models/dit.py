@@ -24,24 +24,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from framework.batch import TokenLayout
+from framework.batch import Score, TokenLayout
 from framework.kernels.attention import AttentionKernel
 from framework.models.config import NO_SCALING, ModelConfig, RopeConfig
 from framework.models.embedders import ConditionEmbedder
 from framework.models.layers import (
     CrossAttention,
     FeedForward,
+    Gated,
     LayerNorm,
+    Modulated,
     PatchEmbedding,
+    RoundedLayerNorm,
     Seam,
     SelfAttention,
     TokenLinear,
-    add_gated,
+    again,
     as_it_is,
     compute_dtype,
+    cut_tokens,
     frame_rows,
-    frames_to_tokens,
-    modulate,
+    in_chunks,
 )
 from framework.models.rope import build_rotation
 
@@ -58,13 +61,14 @@ class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward: `B S D` -> `B S D`."""
 
     on_tokens: Seam = staticmethod(as_it_is)
+    chunk_tokens: int = 0
 
     def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
         super().__init__()
         heads, head_dim, width, eps = config.num_attention_heads, config.attention_head_dim, config.width, config.eps
         self.norm1 = LayerNorm(width, eps, elementwise_affine=False)
         self.attn1 = SelfAttention(heads, head_dim, eps, kernel)
-        self.norm2 = LayerNorm(width, eps) if config.cross_attn_norm else nn.Identity()
+        self.norm2 = RoundedLayerNorm(width, eps) if config.cross_attn_norm else nn.Identity()
         self.attn2 = CrossAttention(heads, head_dim, eps, config.added_kv_proj_dim is not None, kernel)
         self.norm3 = LayerNorm(width, eps, elementwise_affine=False)
         self.ffn = FeedForward((width, config.ffn_dim, width), approximate="tanh")
@@ -80,22 +84,18 @@ class Block(nn.Module):
         layout: TokenLayout | None,
     ) -> Tensor:
         """`rows_bs` is each token's row in the modulation (`layers.frame_rows`)."""
-        dtype = x_bsd.dtype
         table = self.on_tokens(self.scale_shift_table) + modulation_bt6d
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)
 
-        # Values are spread from frames to tokens at each use, as together they would be six times the size of x.
-        normed_bsd = modulate(
-            self.norm1(x_bsd), frames_to_tokens(shift, rows_bs), frames_to_tokens(1 + scale, rows_bs)
-        ).to(dtype)
-        x_bsd = add_gated(x_bsd, self.attn1(normed_bsd, rotation_bs1k, layout), frames_to_tokens(gate, rows_bs))
+        size = self.chunk_tokens
+        normed_bsd = in_chunks(size, Modulated(self.norm1, shift, 1 + scale), x_bsd, rows_bs)
+        update_bsd = self.attn1(normed_bsd, rotation_bs1k, layout)
+        x_bsd = in_chunks(size, Gated(gate), x_bsd, update_bsd, rows_bs)
 
-        x_bsd = x_bsd + self.attn2(self.norm2(x_bsd).to(dtype), *context)
+        x_bsd = x_bsd + self.attn2(self.norm2(x_bsd), *context)
 
-        normed_bsd = modulate(
-            self.norm3(x_bsd), frames_to_tokens(ffn_shift, rows_bs), frames_to_tokens(1 + ffn_scale, rows_bs)
-        ).to(dtype)
-        return add_gated(x_bsd, self.ffn(normed_bsd), frames_to_tokens(ffn_gate, rows_bs))
+        normed_bsd = in_chunks(size, Modulated(self.norm3, ffn_shift, 1 + ffn_scale), x_bsd, rows_bs)
+        return in_chunks(size, Gated(ffn_gate), x_bsd, self.ffn(normed_bsd), rows_bs)
 
 
 def call(block: nn.Module, *inputs: object) -> Tensor:
@@ -109,6 +109,7 @@ class DiT(nn.Module):
 
     on_tokens: Seam = staticmethod(as_it_is)
     run_block: Callable[..., Tensor] = staticmethod(call)
+    score_tokens: int = 0
 
     def __init__(self, config: ModelConfig, attention: AttentionKernel, *, rope: RopeConfig = NO_SCALING) -> None:
         super().__init__()
@@ -131,8 +132,10 @@ class DiT(nn.Module):
         layout: TokenLayout | None = None,
         text_mask_bl: Tensor | None = None,
         image_bnd: Tensor | None = None,
+        score: Score | None = None,
     ) -> Tensor:
-        """The prediction `B S P_out` in output order, in the parameters' dtype.
+        """The prediction `B S P_out` in output order, in the parameters' dtype; or with `score` what that makes of it,
+        summed over the parts of `score_tokens` tokens in which it is given to it (0 = whole).
 
         patches_bsp: in input order. positions_bs3: int64, counted in patches, of all tokens that attention sees here.
         timesteps_bt: 0 (clean) to 1000 (noise), at least float32. frame_index_bs: int64, each token's column in
@@ -162,8 +165,17 @@ class DiT(nn.Module):
             x_bsd = self.run_block(block, x_bsd, modulation_bt6d, rows_bs, rotation_bs1k, context, layout)
 
         shift, scale = (self.on_tokens(self.scale_shift_table) + temb_btd.unsqueeze(2)).unbind(2)
-        normed_bsd = modulate(
-            self.norm_out(x_bsd), frames_to_tokens(shift, rows_bs), frames_to_tokens(1 + scale, rows_bs)
-        )
-        prediction_bsp: Tensor = self.proj_out(normed_bsd.to(dtype))
-        return prediction_bsp
+        modulated = Modulated(self.norm_out, shift, 1 + scale)
+        if score is None or not self.score_tokens:
+            prediction_bsp: Tensor = self.proj_out(modulated(x_bsd, rows_bs))
+            return prediction_bsp if score is None else score(prediction_bsp, 0)
+
+        def scored(linear: Seam, x_bsd: Tensor) -> Tensor:
+            def part(x_bcd: Tensor, rows_bc: Tensor | None, first: int) -> Tensor:
+                return score(linear(modulated(x_bcd, rows_bc)), first)
+
+            parts = enumerate(cut_tokens(self.score_tokens, x_bsd, rows_bs))
+            return torch.stack([again(part, *own, number * self.score_tokens) for number, own in parts]).sum(0)
+
+        summed: Tensor = self.proj_out(x_bsd, use=scored)
+        return summed

@@ -14,23 +14,28 @@ Three seams let `parallelize.py` place tokens and weights on several ranks. On o
     enter        tokens on their way into linears: other ranks may hold more of them
     attention    self-attention: tokens may lie anywhere
 
+Modules with `chunk_tokens` above 0 run over so many tokens at a time (`in_chunks`).
+
 Shapes: `B` samples, `S` tokens, `L` text tokens, `N` image tokens, `D` width, `H` heads, `d` channels of a head,
 `t` timesteps of a sample.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from framework.batch import TokenLayout
 from framework.kernels.attention import AttentionKernel, attend
 from framework.models.rope import rotate
 
 Seam = Callable[[Tensor], Tensor]
+Use = Callable[[Seam, Tensor], Tensor]
 # (q_bshd, k_bshd, v_bshd, layout) -> `B S H d`
 TokenAttention = Callable[[Tensor, Tensor, Tensor, TokenLayout | None], Tensor]
 
@@ -45,6 +50,34 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def again(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """A function whose backward computes again what it would keep, all but its inputs."""
+    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+def in_chunks(
+    size: int, function: Callable[..., Tensor], x_bs: Tensor, *others: Tensor | None, enter: Seam = as_it_is
+) -> Tensor:
+    """function(x, *others) -> `B S ...` of tensors `B S ...` or None, for `size` tokens at a time and again in the
+    backward; at once where size is 0.
+
+    enter: x's way into the function. Exchanges between ranks belong there, as that isn't gone again.
+    """
+    if not size:
+        return function(enter(x_bs), *others)
+    done = [again(function, enter(part), *rest) for part, *rest in cut_tokens(size, x_bs, *others)]
+    return done[0] if len(done) == 1 else torch.cat(done, dim=1)
+
+
+def cut_tokens(size: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Tensors `B S ...` by parts of `size` tokens; None goes with each part.
+
+    Not by slices: the gradient of each of these would be as long as the whole.
+    """
+    return zip(*(repeat(None) if x is None else x.split(size, dim=1) for x in tensors), strict=False)
+
+
 class LayerNorm(nn.LayerNorm):
     """Mean 0, variance 1 over `D`; in and out `... D`, returned in the compute dtype."""
 
@@ -53,10 +86,24 @@ class LayerNorm(nn.LayerNorm):
     on_tokens: Seam = staticmethod(as_it_is)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x.dtype)
+        return self.prepared(compute_dtype(x.dtype))(x)
+
+    def prepared(self, dtype: torch.dtype) -> Seam:
+        """The norm as a function, computed and returned in `dtype`."""
         affine = (None, None) if self.weight is None else (self.weight, self.bias)
         weight, bias = (None if w is None else self.on_tokens(w).to(dtype) for w in affine)
-        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+        return lambda x: F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+class RoundedLayerNorm(LayerNorm):
+    """The same, returned in x's dtype."""
+
+    chunk_tokens: int = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The weights go to the tokens once, not with every chunk.
+        normed = self.prepared(compute_dtype(x.dtype))
+        return in_chunks(self.chunk_tokens, lambda part: normed(part).to(part.dtype), x)
 
 
 class RMSNorm(nn.Module):
@@ -100,12 +147,19 @@ class PatchEmbedding(nn.Module):
 
 
 class TokenLinear(nn.Linear):
-    """A linear on tokens, wherever they are: the head."""
+    """A linear on tokens, wherever they are: the head.
+
+    use: given the linear as a function, and the input, makes the result: for one that has more to do than the linear
+    with each part of the tokens. The weights go to the tokens once all the same.
+    """
 
     on_tokens: Seam = staticmethod(as_it_is)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.on_tokens(self.weight), self.on_tokens(self.bias))
+    def forward(self, input: Tensor, use: Use | None = None) -> Tensor:
+        weight, bias = self.on_tokens(self.weight), self.on_tokens(self.bias)
+        if use is None:
+            return F.linear(input, weight, bias)
+        return use(lambda x: F.linear(x, weight, bias), input)
 
 
 class GeluLinear(nn.Module):
@@ -121,9 +175,14 @@ class GeluLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linears with a gelu between: `... in` -> `... out`."""
+    """Two linears with a gelu between: `... in` -> `... out`.
+
+    Where it runs by chunks, a chunk's backward computes again up to the second linear's input. The exchange after that
+    linear is behind all that is kept, so it isn't made again.
+    """
 
     enter: Seam = staticmethod(as_it_is)
+    chunk_tokens: int = 0
 
     def __init__(self, dims: tuple[int, int, int], approximate: Literal["none", "tanh"]) -> None:
         super().__init__()
@@ -134,8 +193,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(self.enter(x))
-        return out
+        return in_chunks(self.chunk_tokens, self.net, x, enter=self.enter)
 
 
 class SelfAttention(nn.Module):
@@ -220,6 +278,30 @@ def split_heads(x_bsd: Tensor, head_dim: int) -> Tensor:
 def merge_heads(x_bshd: Tensor) -> Tensor:
     """`B S H d` -> `B S (H d)`."""
     return rearrange(x_bshd, "b s h d -> b s (h d)")
+
+
+class Modulated:
+    """norm(x) modulated by its frame's shift and scale (`B t D`, the latter as 1 + scale): x `B S D`, each token's row
+    `B S` or None -> `B S D` in x's dtype.
+    """
+
+    def __init__(self, norm: nn.Module, shift_btd: Tensor, scale_btd: Tensor) -> None:
+        self.norm, self.shift_btd, self.scale_btd = norm, shift_btd, scale_btd
+
+    def __call__(self, x_bsd: Tensor, rows_bs: Tensor | None) -> Tensor:
+        # Spread from frames to tokens at each use: together, shifts, scales and gates would be six times x.
+        shift_bsd, scale_bsd = (frames_to_tokens(x, rows_bs) for x in (self.shift_btd, self.scale_btd))
+        return modulate(self.norm(x_bsd), shift_bsd, scale_bsd).to(x_bsd.dtype)
+
+
+class Gated:
+    """x + update * its frame's gate (`B t D`), all tokens `B S D`."""
+
+    def __init__(self, gate_btd: Tensor) -> None:
+        self.gate_btd = gate_btd
+
+    def __call__(self, x_bsd: Tensor, update_bsd: Tensor, rows_bs: Tensor | None) -> Tensor:
+        return add_gated(x_bsd, update_bsd, frames_to_tokens(self.gate_btd, rows_bs))
 
 
 def modulate(normed_bsd: Tensor, shift_bsd: Tensor, scale_bsd: Tensor) -> Tensor:

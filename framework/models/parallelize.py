@@ -1,5 +1,5 @@
-"""The one file that applies parallelism to a model, in a fixed order: adapters, tp table, attention, recompute,
-compile.
+"""The one file that applies parallelism to a model, in a fixed order: adapters, tp table, attention, chunks,
+recompute, compile.
 
 Data parallelism needs nothing from the model: the ZeRO engine partitions what a rank holds. Context parallelism changes
 self-attention alone. Tensor parallelism splits linears by the table below, and the norms of q and k with them. Tokens
@@ -18,6 +18,7 @@ gradient is summed over tp:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import MappingProxyType
 from typing import Final, Literal
@@ -28,9 +29,10 @@ from torch.utils.checkpoint import checkpoint
 
 from framework.models.adapters import Adapted, AdaptedLinear, Factor, add_adapters
 from framework.models.config import LORA_A, LORA_B, NO_ADAPTERS, ExecutionConfig, LoraConfig, is_trained
-from framework.models.dit import Block, DiT
+from framework.models.dit import Block, DiT, call
+from framework.models.offload import HostMemory
 from framework.parallel.collectives import gather_tokens, sum_gradient
-from framework.parallel.context_parallel.attention import ContextAttention, keep_nothing
+from framework.parallel.context_parallel.attention import ContextAttention, keep_nothing, leave_here
 from framework.parallel.fragments import ParameterShard, mark_split
 from framework.parallel.mesh import Group, Mesh
 from framework.parallel.tensor_parallel import RowLinear, SplitRMSNorm
@@ -105,6 +107,7 @@ def parallelize(
             object.__setattr__(user, "on_tokens", partial(sum_gradient, group=mesh.tp))
     for name, parameter in named(model):
         parameter.requires_grad_(is_trained(name, lora, trainable))
+    apply_chunks(model, execution)
     apply_recompute(model, execution)
     if execution.compile:
         for _, block in blocks_of(model):
@@ -211,17 +214,39 @@ def shard_of(
     return ParameterShard(name, whole, tuple(offset), whole, owner=owner, trainable=parameter.requires_grad)
 
 
+def apply_chunks(model: DiT, execution: ExecutionConfig) -> None:
+    """Say over how many tokens at a time modules run."""
+    model.score_tokens = execution.loss_chunk_tokens
+    for _, block in blocks_of(model):
+        for module in (block, block.ffn, block.norm2):
+            object.__setattr__(module, "chunk_tokens", execution.chunk_tokens)
+
+
 def apply_recompute(model: DiT, execution: ExecutionConfig) -> None:
-    """Decide what a block's backward computes again instead of keeping it."""
-    if execution.recompute == "none":
+    """Decide what a block's backward computes again instead of keeping it, and where the rest waits."""
+    blocks = [block for _, block in blocks_of(model)]
+    chosen = {block for index, block in enumerate(blocks) if execution.recomputes(index, len(blocks))}
+    if not chosen:
         return
     keeps = execution.recompute == "keep_attention"
+    host = HostMemory() if execution.offload else None
 
-    def run_block(block: Block, *inputs: object) -> Tensor:
+    def run_block(block: Block, x_bsd: Tensor, *inputs: object) -> Tensor:
+        if block not in chosen:
+            return call(block, x_bsd, *inputs)
         attention = block.attn1.attention
         assert isinstance(attention, ContextAttention)
-        context = attention.keeping if keeps else keep_nothing
-        out: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+        shelf = None if host is None else host.next_shelf()
+        put_away = leave_here if shelf is None else shelf.put
+        with nullcontext() if shelf is None else shelf.holding(x_bsd):
+            out: Tensor = checkpoint(
+                block,
+                x_bsd,
+                *inputs,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=partial(attention.keeping, put_away) if keeps else keep_nothing,
+            )
         return out
 
     model.run_block = run_block

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
-from framework.batch import Batch, Noised, Tokens
+from framework.batch import Batch, Noised, Score, Tokens
 from framework.data.buckets import Stream
 from framework.data.loader import Loader
 from framework.data.schedule import Schedule, Work
@@ -24,7 +22,7 @@ class Objective(Protocol):
 
     def noise(self, batch: Batch, *, step: int) -> Noised: ...
 
-    def loss_sum(self, prediction_bsq: Tensor, tokens: Tokens, /) -> Tensor: ...
+    def score(self, tokens: Tokens, /) -> Score: ...
 
     def global_count(self, counts: Sequence[float], latents: Sequence[LatentShape], channels: int, /) -> float: ...
 

@@ -51,7 +51,7 @@ class RecordingFlow:
 
     def __init__(self, inner: Objective) -> None:
         self.samples: dict[str, str] = {}
-        self.loss_sum, self.global_count = inner.loss_sum, inner.global_count
+        self.score, self.global_count = inner.score, inner.global_count
         self._inner = inner
 
     def noise(self, batch: Batch, *, step: int) -> Noised:

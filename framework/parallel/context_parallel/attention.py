@@ -10,6 +10,7 @@ Shapes: `B` samples, `s` tokens of a rank, `S` of a rank of the ring, `H` heads 
 `d` channels of a head.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -24,11 +25,33 @@ from framework.parallel.context_parallel.ring import ring_backward, ring_forward
 from framework.parallel.context_parallel.ulysses import gather_tokens_scatter_heads, scatter_tokens_gather_heads
 
 
+# Puts tensors away until the function that it gives is called, which gives them back.
+PutAway = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
+
+
+def leave_here(tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+    """Tensors stay where they are."""
+    return lambda: tensors
+
+
 class Kept:
     """One forward's q, k, v, out and lse after the exchange, and the result: kept for its recompute."""
 
-    def __init__(self) -> None:
-        self.values: tuple[Attended, Tensor] | None = None
+    def __init__(self, put_away: PutAway) -> None:
+        self._put_away = put_away
+        self._bring: Callable[[], tuple[Tensor, ...]] | None = None
+
+    def put(self, attended: Attended, out_bshd: Tensor) -> None:
+        """Of the forward."""
+        self._bring = self._put_away((*attended, out_bshd))
+
+    def take(self) -> tuple[Attended, Tensor] | None:
+        """Once; None where nothing has been put."""
+        if self._bring is None:
+            return None
+        *attended, out_bshd = self._bring()
+        self._bring = None
+        return Attended(*attended), out_bshd
 
 
 class ContextAttention:
@@ -44,9 +67,11 @@ class ContextAttention:
         out: Tensor = Exchanged.apply(q_bshd, k_bshd, v_bshd, layout, self)
         return out
 
-    def keeping(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def keeping(
+        self, put_away: PutAway = leave_here
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For `torch.utils.checkpoint`: what is computed within the first context is found within the second."""
-        kept = Kept()
+        kept = Kept(put_away)
         return Keeping(self, kept), Keeping(self, kept)
 
 
@@ -73,12 +98,12 @@ class Exchanged(torch.autograd.Function):
         ctx: Any, q_bshd: Tensor, k_bshd: Tensor, v_bshd: Tensor, layout: TokenLayout, attention: ContextAttention
     ) -> Tensor:
         kept = attention.kept
-        if kept is not None and kept.values is not None:
-            (attended, out_bshd), kept.values = kept.values, None
-        else:
-            attended, out_bshd = attend_across(q_bshd, k_bshd, v_bshd, layout, attention.kernel)
+        found = None if kept is None else kept.take()
+        if found is None:
+            found = attend_across(q_bshd, k_bshd, v_bshd, layout, attention.kernel)
             if kept is not None:
-                kept.values = (attended, out_bshd)
+                kept.put(*found)
+        attended, out_bshd = found
         ctx.save_for_backward(*attended)
         ctx.layout, ctx.kernel, ctx.num_heads = layout, attention.kernel, q_bshd.shape[2]
         return out_bshd

@@ -29,7 +29,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from torch import Tensor, nn
 
-from framework.batch import Condition, Tokens
+from framework.batch import Condition, Score, Tokens
 from framework.optim import adamw
 from framework.parallel.fragments import Fragment, ParameterShard, is_split, mark_split
 from framework.parallel.mesh import Group, Mesh
@@ -167,6 +167,9 @@ class DeepSpeedEngine:
 
     def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
         return predict(self._engine, tokens, condition, self._dtype)
+
+    def scored(self, tokens: Tokens, condition: Condition, score: Score) -> Tensor:
+        return predict(self._engine, tokens, condition, self._dtype, score)
 
     def backward(self, loss_sum: Tensor, *, global_count: float, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)

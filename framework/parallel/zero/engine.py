@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from framework.batch import Condition, Tokens
+from framework.batch import Condition, Score, Tokens
 from framework.parallel.fragments import Fragment
 
 
@@ -32,6 +32,10 @@ class Engine(Protocol):
         """Predict: `B S Q`. A collective in stage 3: every rank of the zero group must call it the same number of
         times.
         """
+        ...
+
+    def scored(self, tokens: Tokens, condition: Condition, score: Score) -> Tensor:
+        """The same, given to `score`: `B`."""
         ...
 
     def backward(self, loss_sum: Tensor, *, global_count: float, last: bool) -> None:
@@ -68,7 +72,9 @@ class Engine(Protocol):
         ...
 
 
-def predict(module: nn.Module, tokens: Tokens, condition: Condition, dtype: torch.dtype) -> Tensor:
+def predict(
+    module: nn.Module, tokens: Tokens, condition: Condition, dtype: torch.dtype, score: Score | None = None
+) -> Tensor:
     """Call a model as engines do: floating-point inputs in its computing dtype, timesteps and positions as they are."""
     image = None if condition.image is None else condition.image.to(dtype)
     prediction: Tensor = module(
@@ -80,5 +86,6 @@ def predict(module: nn.Module, tokens: Tokens, condition: Condition, dtype: torc
         layout=tokens.layout,
         text_mask_bl=condition.text_mask,
         image_bnd=image,
+        score=score,
     )
     return prediction

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from framework.batch import Condition, Tokens
+from framework.batch import Condition, Score, Tokens
 from framework.optim import adamw
 from framework.parallel.collectives import all_reduce_sum
 from framework.parallel.fragments import Fragment, ParameterShard, is_split
@@ -88,6 +88,9 @@ class Fsdp2Engine:
 
     def __call__(self, tokens: Tokens, condition: Condition) -> Tensor:
         return predict(self._as_module(), tokens, condition, self._dtype)
+
+    def scored(self, tokens: Tokens, condition: Condition, score: Score) -> Tensor:
+        return predict(self._as_module(), tokens, condition, self._dtype, score)
 
     def backward(self, loss_sum: Tensor, *, global_count: float, last: bool) -> None:
         self._module.set_requires_all_reduce(last)
