@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from framework.kernels.pattern import EVERY_TOKEN, TokenPattern
 from framework.parallel.mesh import Mesh
 from framework.shapes import ClipShape, LatentShape
 
@@ -63,12 +64,13 @@ class TokenLayout:
     """How the token axis lies on the ranks of a replica, which hold equal contiguous parts in rank order.
 
     valid: the number of real tokens of every rank, the rest of its part is padding. index: this rank's place. mesh:
-    whose replica, ring, ulysses and tp these are.
+    whose replica, ring, ulysses and tp these are. pattern: which of the tokens attend to each other.
     """
 
     valid: tuple[int, ...]
     index: int
     mesh: Mesh
+    pattern: TokenPattern = EVERY_TOKEN
 
     @property
     def num_valid(self) -> int:

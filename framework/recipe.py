@@ -338,6 +338,11 @@ def bucket_tokens(recipe: Recipe, index: int) -> TokenShape:
         raise ValueError(f"data.buckets[{index}] ({clip}): {error}") from None
 
 
+def bucket_timesteps(recipe: Recipe, index: int) -> int:
+    """Timesteps of a bucket's clip in training."""
+    return bucket_tokens(recipe, index).frames if recipe.flow.timesteps.per_frame else 1
+
+
 def resolve_auto(recipe: Recipe) -> Recipe:
     """Resolve, for this machine, every `auto` that a later attempt must not choose otherwise. mesh.dp stays auto."""
     optimizer = recipe.optimizer

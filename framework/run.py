@@ -62,7 +62,7 @@ FREE = (
     "log.*",
     "resume.*",
 )
-BOUND = ("checkpoint.store", "train.trainable")  # not free although the above match it
+BOUND = ("attention.pattern.*", "checkpoint.store", "train.trainable")  # not free although the above match it
 
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity"
@@ -269,7 +269,8 @@ def recipe_diff(stored: Recipe, recipe_path: Path, started_with: list[str]) -> t
     """Lines that tell how a recipe file differs from the run's stored recipe; empty when it doesn't."""
     file = load_recipe(recipe_path, [*started_with, f"optimizer.decay_steps={stored.optimizer.decay_steps}"])
     # What auto stands for may differ on this machine; the run goes on with what it stood for then.
-    attention = stored.attention if file.attention.kernel == "auto" else file.attention
+    kernel = stored.attention.kernel if file.attention.kernel == "auto" else file.attention.kernel
+    attention = dataclasses.replace(file.attention, kernel=kernel)
     file = resolve_auto(dataclasses.replace(file, run=stored.run, attention=attention))
     old, new = to_yaml(stored).splitlines(), to_yaml(file).splitlines()
     diff = list(
@@ -288,7 +289,8 @@ def check_changes(stored: Recipe, changed: Recipe) -> None:
     """Refuse changes to an existing run that would not be the same run."""
     old, new = flatten(without_degrees(stored)), flatten(without_degrees(changed))
     for key in sorted(old.keys() | new.keys()):
-        allowed = (*(FREE if key not in BOUND else ()), *changed.resume.allow)
+        bound = any(fnmatch.fnmatch(key, pattern) for pattern in BOUND)
+        allowed = (*(() if bound else FREE), *changed.resume.allow)
         if old.get(key) != new.get(key) and not any(fnmatch.fnmatch(key, pattern) for pattern in allowed):
             raise ValueError(
                 f"{key}={new.get(key)} differs from {old.get(key)} in the run {stored.run}: it changes the data order, "

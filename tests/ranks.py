@@ -121,7 +121,7 @@ def first_step(env: Environment, recipe_path: Path, overrides: list[str], step: 
         for i, draw in enumerate(batch.draws):
             if draw:
                 samples[draw] = digest(batch.latents[i], noised.latents[i], noised.target[i], noised.timesteps[i])
-        tokens = split_tokens(patchify(noised, recipe.model.patch_size), meshes[batch.bucket])
+        tokens = split_tokens(patchify(noised, recipe.model.patch_size), meshes[batch.bucket], recipe.attention.pattern)
         loss = flow.loss_sum(engine(tokens, batch.condition), tokens)
         engine.backward(loss, global_count=count, last=index + 1 == work.num_micro)
         loss_sum += float(loss.detach())
@@ -216,7 +216,9 @@ def bad_step(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple
         for index, micro in enumerate(work.micro_batches):
             batch = builder.build(micro, step=0)
             noised = flow.noise(batch, step=0)
-            tokens = split_tokens(patchify(noised, recipe.model.patch_size), meshes[batch.bucket])
+            tokens = split_tokens(
+                patchify(noised, recipe.model.patch_size), meshes[batch.bucket], recipe.attention.pattern
+            )
             loss = flow.loss_sum(engine(tokens, batch.condition), tokens) * factor
             engine.backward(loss, global_count=4.0, last=index + 1 == work.num_micro)
         skipped = engine.step(lr=1e-2).skipped

@@ -1,6 +1,7 @@
 """How many samples one draw of a bucket takes, so that steps of short and of long clips cost about the same.
 
-A sample of S tokens costs a S^2 + b S (attention and linears) and what its text does. With the recipe's shares w_b of
+A sample of S tokens costs a S^2 + b S (attention and linears; under a pattern the pairs that attend in the place of
+S^2) and what its text does. With the recipe's shares w_b of
 the samples, a draw takes
 
     n_b ~ C / cost_b,    C chosen so that a draw takes `reference` samples on average:  1 / sum_b (w_b / n_b)
@@ -18,9 +19,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from framework.kernels.pattern import TokenPattern, attended_pairs
 from framework.models.config import training_cost
 from framework.plan.flops import step_flops
-from framework.recipe import Recipe, bucket_tokens
+from framework.recipe import Recipe, bucket_timesteps, bucket_tokens
 from framework.shapes import divisors
 from framework.text.config import text_length
 
@@ -90,9 +92,24 @@ def plan_batches(recipe: Recipe) -> Batches:
 def sample_costs(recipe: Recipe) -> list[float]:
     """FLOPs of training on one sample of each bucket."""
     a, b = training_cost(recipe.model, text=text_length(recipe.text))
-    c = step_flops(recipe.model, tokens=0, text=text_length(recipe.text)).total
-    tokens = [bucket_tokens(recipe, index).num_tokens for index in range(len(recipe.data.buckets))]
-    return [a * each**2 + b * each + c for each in tokens]
+    costs = []
+    for index in range(len(recipe.data.buckets)):
+        grid = bucket_tokens(recipe, index)
+        timesteps = bucket_timesteps(recipe, index)
+        c = step_flops(recipe.model, tokens=0, text=text_length(recipe.text), timesteps=timesteps).total
+        costs.append(a * bucket_pairs(recipe, index) + b * grid.num_tokens + c)
+    return costs
+
+
+def bucket_pattern(recipe: Recipe, index: int) -> TokenPattern:
+    """Which tokens of a bucket's clips attend to each other."""
+    grid = bucket_tokens(recipe, index)
+    return TokenPattern(recipe.attention.pattern, grid.height * grid.width)
+
+
+def bucket_pairs(recipe: Recipe, index: int) -> int:
+    """How many pairs of tokens of a bucket's clip attend."""
+    return attended_pairs(bucket_pattern(recipe, index), bucket_tokens(recipe, index).num_tokens)
 
 
 def _budget(costs: Sequence[float], shares: Sequence[float], reference: int, spread: float) -> float:

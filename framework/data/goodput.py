@@ -19,7 +19,9 @@ the second:
     data       batches that aren't ready
 
 A load is a S^2 + b S FLOPs for each sample (`training_cost`); an empty slot and a padded token cost what a full one
-does. What ranks send, the update and saving are not in it: it is the share that the order of the data leaves.
+does. Under an attention pattern the pairs that attend take the place of S^2, and the ranks that share a sample wait for
+the one with the most of them: what that costs is counted as padding. What ranks send, the update and saving are not in
+it: it is the share that the order of the data leaves.
 """
 
 import math
@@ -29,8 +31,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from framework.data.budget import Batches, micro_sizes, plan_batches
+from framework.data.budget import Batches, bucket_pairs, bucket_pattern, micro_sizes, plan_batches
 from framework.data.order import Mixture
+from framework.kernels.pattern import attended_pairs
 from framework.keys import key
 from framework.models.config import training_cost
 from framework.parallel.config import MeshShape, split_shape
@@ -183,10 +186,23 @@ def bucket_works(recipe: Recipe, shape: MeshShape, *, frames: Sequence[float] = 
     for index, size in enumerate(plan_batches(recipe).sizes):
         count, parts = tokens[index], splits[index].replica
         padded = -(-count // parts) * parts
-        cost, filled = a * count**2 + b * count, a * padded**2 + b * padded
+        cost = a * bucket_pairs(recipe, index) + b * count
+        filled = a * busiest_pairs(recipe, index, splits[index]) + b * padded
         decoded = frames[index] if frames else 0.0
         works.append(BucketWork(count, cost, filled, size, parts, micros[index], decoded))
     return works
+
+
+def busiest_pairs(recipe: Recipe, index: int, split: MeshShape) -> int:
+    """Pairs of tokens of a bucket's clip that attend, if all ranks of the ring had as many as the one with the most;
+    where all tokens attend to each other, padding included.
+    """
+    count, pattern = bucket_tokens(recipe, index).num_tokens, bucket_pattern(recipe, index)
+    part = -(-count // split.replica) * (split.replica // split.ring)
+    if pattern.config.name == "full":
+        return (part * split.ring) ** 2
+    spans = [(min(count, rank * part), min(count, (rank + 1) * part)) for rank in range(split.ring)]
+    return split.ring * max(attended_pairs(pattern, count, span) for span in spans)
 
 
 def simulate(

@@ -19,11 +19,20 @@ class LogitNormalConfig:
 @dataclass(frozen=True)
 class TimestepsConfig:
     """name: the distribution of the noise level sigma. stratified: the samples of a bucket in a step share
-    out (0, 1)."""
+    out (0, 1). per_frame: a level for each latent frame, independent of the others (diffusion forcing, arXiv
+    2407.01392); sampling and validation have one for all."""
 
     name: Literal["uniform", "logit_normal"] = "uniform"
     logit_normal: LogitNormalConfig | None = None
     stratified: bool = False
+    per_frame: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stratified and self.per_frame:
+            raise ValueError(
+                "flow.timesteps: stratified=true shares out one level a sample, and per_frame=true draws many: "
+                "set one of them to false"
+            )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ Steps of short clips have more of them than steps of long ones (data/budget.py).
 token, counts the same in whatever step it is; per_step gives every step the same weight, so a clip of a bucket with
 small batches more than one of a bucket with large ones. Where all steps are alike, per_step and per_sample are too.
 
-Noise and noise level of a clip are keyed by its draw and the step, so they are the same on every mesh.
+Noise and noise level of a clip are keyed by its draw and the step, so they are the same on every mesh. With
+`flow.timesteps.per_frame` each frame of tokens has a level of its own, keyed by the frame too (diffusion forcing, arXiv
+2407.01392).
 
 Shapes: `B c t h w` latents, `B S Q` predictions on patches.
 """
@@ -22,13 +24,14 @@ Shapes: `B c t h w` latents, `B S Q` predictions on patches.
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from framework.batch import Batch, Noised, Score, Tokens
 from framework.diffusion.config import FlowConfig, LossConfig
 from framework.diffusion.timesteps import noise_level, num_tokens, shift_value
 from framework.keys import key, uniform
-from framework.shapes import LatentShape
+from framework.shapes import LatentShape, token_shape
 
 NUM_TRAIN_TIMESTEPS = 1000.0
 
@@ -50,26 +53,33 @@ class Flow:
         """Noise a training batch."""
         shape = tuple(batch.latents.shape[1:])
         noises = torch.stack([keyed_noise(key(self._seed, "noise", uid=d, step=step), shape) for d in batch.draws])
-        sigmas = [
-            self._sigma(draw, place / batch.bucket_samples, 1 / batch.bucket_samples, latent=batch.latent, step=step)
-            for draw, place in zip(batch.draws, batch.positions, strict=True)
-        ]
+        if self._config.timesteps.per_frame:
+            frames = token_shape(batch.latent, self._patch_size).frames
+            sigmas = [self._frame_sigmas(draw, frames, latent=batch.latent, step=step) for draw in batch.draws]
+        else:
+            width = 1 / batch.bucket_samples
+            sigmas = [
+                [self._sigma(draw, place / batch.bucket_samples, width, latent=batch.latent, step=step)]
+                for draw, place in zip(batch.draws, batch.positions, strict=True)
+            ]
         return self.mix(batch, noises, sigmas)
 
-    def mix(self, batch: Batch, noises: Tensor, sigmas: list[float]) -> Noised:
-        """x_sigma and its target for given noise `B c t h w` and noise levels, one a sample.
+    def mix(self, batch: Batch, noises: Tensor, sigmas: list[list[float]]) -> Noised:
+        """x_sigma and its target for given noise `B c t h w` and noise levels, of each sample one or one a frame of
+        tokens.
 
-        So a sample has one timestep, which broadcasts in the model: one for each frame would be looked up by every
-        token, and cost 3 to 4 % of a forward and backward (two CPU cores, width 288).
+        One is the default: a sample then has one timestep, which broadcasts in the model, and one for each frame is
+        looked up by every token, which costs 3 to 4 % of a forward and backward (two CPU cores, width 288).
         """
         device = batch.latents.device
         eps = noises.to(device, non_blocking=True)
         sigma = torch.tensor(sigmas, dtype=torch.float32).to(device, non_blocking=True)
-        sigma_b1111 = sigma.view(-1, 1, 1, 1, 1)
+        spread_bt = sigma.repeat_interleave(batch.latent.frames // sigma.shape[1], dim=1)
+        sigma_b1t11 = rearrange(spread_bt, "b t -> b 1 t 1 1")
         return Noised(
-            latents=(1 - sigma_b1111) * batch.latents + sigma_b1111 * eps,
+            latents=(1 - sigma_b1t11) * batch.latents + sigma_b1t11 * eps,
             target=eps - batch.latents,
-            timesteps=(sigma * NUM_TRAIN_TIMESTEPS).unsqueeze(1),
+            timesteps=sigma * NUM_TRAIN_TIMESTEPS,
             weights=batch.weights,
         )
 
@@ -109,6 +119,11 @@ class Flow:
         """The noise level at quantile u for clips of this shape."""
         k = shift_value(self._config.shift, num_tokens(latent, self._patch_size))
         return noise_level(self._config, u, k)
+
+    def _frame_sigmas(self, draw: str, frames: int, *, latent: LatentShape, step: int) -> list[float]:
+        """A level for each frame of tokens."""
+        keys = [key(self._seed, "frame_timestep", uid=f"{draw}@{frame}", step=step) for frame in range(frames)]
+        return [self.sigma_at(uniform(each), latent) for each in keys]
 
     def _sigma(self, draw: str, stratum: float, width: float, *, latent: LatentShape, step: int) -> float:
         """stratum, width: the part of (0, 1) that is this sample's where those of a bucket in a step share it out; an

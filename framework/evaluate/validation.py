@@ -19,6 +19,7 @@ from framework.data.order import Order
 from framework.data.schedule import MicroBatch, Place, Slot, cut, pick
 from framework.diffusion.flow import Flow, keyed_noise
 from framework.evaluate.config import ValidationConfig
+from framework.kernels.config import PatternConfig
 from framework.keys import key
 from framework.models.patchify import patchify
 from framework.parallel.collectives import all_reduce_sum
@@ -56,10 +57,11 @@ class Validation:
         micro_batch: int,
         seed: int,
         patch_size: tuple[int, int, int],
+        pattern: PatternConfig,
     ) -> None:
         self._config, self._builder, self._flow, self._meshes = config, builder, flow, meshes
         self._channel, self._mover = channel, mover
-        self._buckets, self._seed, self._patch_size = buckets, seed, patch_size
+        self._buckets, self._seed, self._patch_size, self._pattern = buckets, seed, patch_size, pattern
         self._slots = held_out_slots(streams, buckets, config.samples, seed)
         places = [Place(mesh.dp.index, mesh.dp.size) for mesh in meshes]
         self._micro = [
@@ -102,8 +104,8 @@ class Validation:
         sums = []
         for j, sigma in enumerate(self._sigmas(batch.latent)):
             noises = torch.stack([keyed_noise(key(self._seed, "validation", uid=u, step=j), shape) for u in batch.uids])
-            noised = self._flow.mix(batch, noises, [sigma] * len(batch.uids))
-            tokens = split_tokens(patchify(noised, self._patch_size), self._meshes[micro.bucket])
+            noised = self._flow.mix(batch, noises, [[sigma]] * len(batch.uids))
+            tokens = split_tokens(patchify(noised, self._patch_size), self._meshes[micro.bucket], self._pattern)
             sums.append(self._flow.losses(predict(tokens, batch.condition), tokens).double().sum())
         return torch.stack(sums).cpu()
 

@@ -18,6 +18,7 @@ from framework.kernels.attended import Attended
 from framework.kernels.config import AttentionConfig
 from framework.kernels.cudnn import CudnnAttention
 from framework.kernels.flash import build_flash
+from framework.kernels.pattern import TokenPattern, reaches
 from framework.kernels.reference import ReferenceAttention
 
 
@@ -62,6 +63,18 @@ def attend(kernel: AttentionKernel, q_bshd: Tensor, k_blhd: Tensor, v_blhd: Tens
     """Attention among tensors that are all here: `B S H d`, differentiable."""
     out: Tensor = Attend.apply(q_bshd, k_blhd, v_blhd, lengths_b, kernel)
     return out
+
+
+def attend_within(
+    kernel: AttentionKernel, q_bshd: Tensor, k_bshd: Tensor, v_bshd: Tensor, pattern: TokenPattern
+) -> Tensor:
+    """Attention among the tokens of whole clips by a pattern: `B S H d`, differentiable."""
+    num_tokens = q_bshd.shape[1]
+    outs = []
+    for reach in reaches(pattern, num_tokens, (0, num_tokens)):
+        k, v = (torch.cat([x[:, start:stop] for start, stop in reach.keys], 1) for x in (k_bshd, v_bshd))
+        outs.append(attend(kernel, q_bshd[:, slice(*reach.queries)], k, v, None))
+    return torch.cat(outs, 1)
 
 
 def build_attention(config: AttentionConfig, *, deterministic: bool = False) -> AttentionKernel:

@@ -10,7 +10,7 @@ for cuDNN's backward torch has no such mode, and leaves it out itself under dete
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from types import MappingProxyType
 from typing import Final, Literal
@@ -64,12 +64,48 @@ ROWS: Final = (
 
 
 @dataclass(frozen=True)
+class BlockCausalConfig:
+    """frames: of a block, all of whose tokens attend to each other and to all earlier blocks."""
+
+    frames: int = 1
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"attention.pattern.block_causal.frames={self.frames} must be at least 1")
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """frames: that a token sees on both sides of its own. sinks: of the clip's first frames, which all tokens see."""
+
+    frames: int = 16
+    sinks: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "sinks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"attention.pattern.window.{name}={getattr(self, name)} must be at least 0")
+
+
+@dataclass(frozen=True)
+class PatternConfig:
+    """name: which tokens of a clip attend to each other, by their latent frames (kernels/pattern.py). Text is seen by
+    all. A clip no longer than the window, or than one block, is attended in full.
+    """
+
+    name: Literal["full", "block_causal", "window"] = "full"
+    block_causal: BlockCausalConfig | None = None
+    window: WindowConfig | None = None
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """`kernel`: `flash` is flash-attn 2, 3 or 4, whichever is installed; `cudnn` cuDNN's; `aten` torch's own;
     `reference` a plain softmax, slow and for checks. auto: the fastest that is there and can do what the recipe needs.
     """
 
     kernel: KernelName = "auto"
+    pattern: PatternConfig = field(default_factory=PatternConfig)
 
     def __post_init__(self) -> None:
         if self.kernel not in NAMES:

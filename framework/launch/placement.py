@@ -24,7 +24,7 @@ from framework.data.splits import resolve_degrees
 from framework.launch.config import LinkConfig
 from framework.parallel.config import MeshConfig, MeshShape, nearest_shapes, split_shape
 from framework.plan.traffic import MicroShape, own_ledger
-from framework.recipe import Recipe, bucket_degrees, bucket_tokens
+from framework.recipe import Recipe, bucket_degrees, bucket_timesteps, bucket_tokens
 from framework.shapes import divisors, even_parts
 from framework.text.config import text_length
 
@@ -179,7 +179,9 @@ def step_micros(recipe: Recipe, shape: MeshShape, index: int) -> list[MicroShape
     tokens = [bucket_tokens(recipe, i).num_tokens / splits[i].cp + text for i in count]
     size = micro_sizes(recipe.data.micro_batch, tokens)[index]
     slots = math.ceil(plan_batches(recipe).sizes[index] * recipe.data.rounds / splits[index].dp)
-    return [MicroShape(index, samples, text) for samples in even_parts(slots, math.ceil(slots / size))]
+    timesteps = bucket_timesteps(recipe, index)
+    parts = even_parts(slots, math.ceil(slots / size))
+    return [MicroShape(index, samples, text, timesteps=timesteps) for samples in parts]
 
 
 def bucket_name(recipe: Recipe, index: int) -> str:

@@ -8,7 +8,8 @@ degrees, and the remainders of
     batch         by dp
 
 What decides how much there is to compute is not: two layers, eight channels a head, four latent channels, random
-latents under a tokenizer and a text encoder that need no weights, the kernel that fits. Image tokens are left out, as
+latents under a tokenizer and a text encoder that need no weights, the kernel that fits, two frames a clip with an
+attention pattern as narrow. Image tokens are left out, as
 the data has none, and so are rules of the precision table and patterns of adapters and of trained parameters that
 nothing is left for; where that leaves no pattern at all, everything is trained.
 """
@@ -26,7 +27,7 @@ from framework.data.shard_writer import ShardWriter
 from framework.data.shards import LATENT_SCHEMA, Caption, LatentSample
 from framework.diffusion.config import SamplesConfig
 from framework.evaluate.config import ValidationConfig
-from framework.kernels.config import AttentionConfig
+from framework.kernels.config import AttentionConfig, BlockCausalConfig, PatternConfig, WindowConfig
 from framework.launch.verify import parse_mesh
 from framework.models.config import LoraConfig
 from framework.plan.parameters import linear_names, parameter_shapes
@@ -56,7 +57,7 @@ def shrink_recipe(path: Path, overrides: list[str], meshes: list[str], folder: P
         recipe,
         run=str(folder / "run"),
         mesh=replace(recipe.mesh, dp=1, ring=1, ulysses=1, tp=1),
-        attention=AttentionConfig(),
+        attention=AttentionConfig(pattern=shrink_pattern(recipe.attention.pattern)),
         tokenizer=TOKENIZER,
         text=TextConfig("bytes", bytes=BytesConfig(max_length=8)),
         zero=replace(recipe.zero, bucket_size=min(recipe.zero.bucket_size, 1 << 20)),
@@ -98,6 +99,18 @@ def shrink_recipe(path: Path, overrides: list[str], meshes: list[str], folder: P
     out = folder / "shrunk.yaml"
     out.write_text(to_yaml(shrunk))
     return out
+
+
+def shrink_pattern(pattern: PatternConfig) -> PatternConfig:
+    """The pattern for clips of two frames, so that some tokens of them don't attend to each other either."""
+    match pattern.name:
+        case "full":
+            return pattern
+        case "block_causal":
+            return PatternConfig("block_causal", block_causal=BlockCausalConfig(1))
+        case "window":
+            assert pattern.window is not None
+            return PatternConfig("window", window=WindowConfig(0, min(1, pattern.window.sinks)))
 
 
 def shrink_buckets(recipe: Recipe, *, modulus: int) -> list[BucketConfig]:

@@ -117,7 +117,8 @@ class ModelConfig:
 
 def training_cost(model: ModelConfig, *, text: int) -> tuple[float, float]:
     """(a, b): training on a sample of S tokens takes a S^2 + b S FLOPs, forward and backward, beside what doesn't grow
-    with S (`plan/flops.py` has the terms). text: tokens of a caption.
+    with S (`plan/flops.py` has the terms). Under an attention pattern the pairs that attend take the place of S^2.
+    text: tokens of a caption.
     """
     width, layers = model.width, model.num_layers
     linears = 2 * width * (6 * width + 2 * model.ffn_dim) + 4 * width * text

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from framework.batch import TokenLayout
-from framework.kernels.attention import AttentionKernel, attend
+from framework.kernels.attention import AttentionKernel, attend, attend_within
+from framework.kernels.pattern import EVERY_TOKEN
 from framework.models.rope import rotate
 
 Seam = Callable[[Tensor], Tensor]
@@ -197,7 +198,7 @@ class FeedForward(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every token attends to every token: `B S D` -> `B S D`."""
+    """Tokens attend to tokens, all to all unless their layout has another pattern: `B S D` -> `B S D`."""
 
     enter: Seam = staticmethod(as_it_is)
 
@@ -224,13 +225,16 @@ class SelfAttention(nn.Module):
 
 
 class LocalAttention:
-    """Attention among tokens that are all here, none of them padding."""
+    """Attention among tokens that are all here, none of them padding; without a layout, of all to all."""
 
     def __init__(self, kernel: AttentionKernel) -> None:
         self.kernel = kernel
 
     def __call__(self, q_bshd: Tensor, k_bshd: Tensor, v_bshd: Tensor, layout: TokenLayout | None) -> Tensor:
-        return attend(self.kernel, q_bshd, k_bshd, v_bshd, None)
+        pattern = EVERY_TOKEN if layout is None else layout.pattern
+        if pattern.config.name == "full":
+            return attend(self.kernel, q_bshd, k_bshd, v_bshd, None)
+        return attend_within(self.kernel, q_bshd, k_bshd, v_bshd, pattern)
 
 
 class CrossAttention(nn.Module):

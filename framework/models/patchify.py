@@ -18,6 +18,8 @@ from einops import rearrange
 from torch import Tensor
 
 from framework.batch import Noised, TokenLayout, Tokens
+from framework.kernels.config import PatternConfig
+from framework.kernels.pattern import TokenPattern
 from framework.parallel.mesh import lone_mesh
 from framework.shapes import LatentShape, token_shape
 
@@ -64,9 +66,12 @@ def frame_index(positions_bs3: Tensor) -> Tensor:
 
 
 def patchify(noised: Noised, patch_size: tuple[int, int, int]) -> Tokens:
-    """A noised batch as the tokens of one device: all of them, none padded. `split_tokens` deals them to ranks."""
+    """A noised batch as the tokens of one device: all of them, none padded, all of which attend to each other.
+    `split_tokens` deals them to ranks and says which do.
+    """
     batch, _, frames, height, width = noised.latents.shape
     latent = LatentShape(frames, height, width)
+    grid = token_shape(latent, patch_size)
     positions = token_positions(batch, latent, patch_size, noised.latents.device)
     return Tokens(
         patches=patchify_input(noised.latents, patch_size),
@@ -75,5 +80,10 @@ def patchify(noised: Noised, patch_size: tuple[int, int, int]) -> Tokens:
         frame_index=frame_index(positions),
         timesteps=noised.timesteps,
         weights=noised.weights,
-        layout=TokenLayout(valid=(positions.shape[1],), index=0, mesh=lone_mesh()),
+        layout=TokenLayout(
+            valid=(positions.shape[1],),
+            index=0,
+            mesh=lone_mesh(),
+            pattern=TokenPattern(PatternConfig(), grid.height * grid.width),
+        ),
     )

@@ -5,11 +5,12 @@ nor does what recompute repeats. With S tokens, L text and N image tokens, t tim
 text width C, image width I, sinusoids Q, a block's forward is
 
     linears     2 S D (4 D  +  2 D  +  2 F)  +  2 (L + N) D 2 D         self-, cross-attention, feed-forward; k and v
-    attention   4 S D (S + L + N)                                        q k^T and p v
+    attention   4 D (A + S (L + N))                                      q k^T and p v
 
-and around the blocks: 2 S D (P + P_out) for patch embedding and head, 2 L D (C + D) for text, 2 N I (I + D) for image,
-2 t D (Q + D + 6 D) for time. The backward counts as twice the forward (PaLM, arXiv 2204.02311, appendix B), though an
-attention kernel's does 2.5 times as much: it computes the scores again.
+with A = S^2, or the pairs of tokens that attend under a pattern (`kernels/pattern.py`). Around the blocks: 2 S D (P +
+P_out) for patch embedding and head, 2 L D (C + D) for text, 2 N I (I + D) for image, 2 t D (Q + D + 6 D) for time. The
+backward counts as twice the forward (PaLM, arXiv 2204.02311, appendix B), though an attention kernel's does 2.5 times
+as much: it computes the scores again.
 """
 
 from dataclasses import dataclass
@@ -42,20 +43,23 @@ def linear_flops(num_rows: int, in_dim: int, out_dim: int) -> int:
     return 2 * num_rows * in_dim * out_dim
 
 
-def attention_flops(num_queries: int, num_keys: int, width: int) -> int:
-    """Attention of all heads together, which are `width` channels wide, forward."""
-    return 4 * num_queries * num_keys * width
+def attention_flops(num_pairs: int, width: int) -> int:
+    """Attention of all heads together, which are `width` channels wide, forward. num_pairs: of a query and a key."""
+    return 4 * num_pairs * width
 
 
-def block_flops(model: ModelConfig, *, tokens: int, text: int, image: int = 0) -> Flops:
-    """One block's forward for one sample."""
+def block_flops(model: ModelConfig, *, tokens: int, text: int, image: int = 0, pairs: int | None = None) -> Flops:
+    """One block's forward for one sample. pairs: of tokens that attend, None = all."""
     width, seen = model.width, text + image
     linears = linear_flops(tokens, width, 6 * width + 2 * model.ffn_dim) + linear_flops(seen, width, 2 * width)
-    return Flops(linears, attention_flops(tokens, tokens + seen, width))
+    pairs = tokens**2 if pairs is None else pairs
+    return Flops(linears, attention_flops(pairs + tokens * seen, width))
 
 
-def forward_flops(model: ModelConfig, *, tokens: int, text: int, image: int = 0, timesteps: int = 1) -> Flops:
-    """The model's forward for one sample."""
+def forward_flops(
+    model: ModelConfig, *, tokens: int, text: int, image: int = 0, timesteps: int = 1, pairs: int | None = None
+) -> Flops:
+    """The model's forward for one sample. pairs: of tokens that attend, None = all."""
     width, image_dim = model.width, model.image_dim or 0
     around = (
         linear_flops(tokens, width, model.in_patch_dim + model.out_patch_dim)
@@ -63,9 +67,13 @@ def forward_flops(model: ModelConfig, *, tokens: int, text: int, image: int = 0,
         + linear_flops(image, image_dim, image_dim + width)
         + linear_flops(timesteps, width, model.freq_dim + 7 * width)
     )
-    return block_flops(model, tokens=tokens, text=text, image=image) * model.num_layers + Flops(around, 0)
+    block = block_flops(model, tokens=tokens, text=text, image=image, pairs=pairs)
+    return block * model.num_layers + Flops(around, 0)
 
 
-def step_flops(model: ModelConfig, *, tokens: int, text: int, image: int = 0, timesteps: int = 1) -> Flops:
-    """Forward and backward of one sample."""
-    return forward_flops(model, tokens=tokens, text=text, image=image, timesteps=timesteps) * (1 + BACKWARD)
+def step_flops(
+    model: ModelConfig, *, tokens: int, text: int, image: int = 0, timesteps: int = 1, pairs: int | None = None
+) -> Flops:
+    """Forward and backward of one sample. pairs: of tokens that attend, None = all."""
+    forward = forward_flops(model, tokens=tokens, text=text, image=image, timesteps=timesteps, pairs=pairs)
+    return forward * (1 + BACKWARD)

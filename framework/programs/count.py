@@ -17,7 +17,7 @@ from framework.plan.traffic import Ledger, MicroShape
 from framework.programs import build
 from framework.programs.parts import build_parts
 from framework.programs.train import optimizer_step
-from framework.recipe import Recipe, resolve_auto
+from framework.recipe import Recipe, bucket_timesteps, resolve_auto
 
 WARMUP = 3  # steps until every engine is in its stride
 
@@ -61,7 +61,10 @@ def count_step(recipe: Recipe, mesh: Mesh) -> Counted:
     engine.destroy()
     text = encoders.text.encode([""])[0].shape[1]
     return Counted(
-        micros=tuple(MicroShape(micro.bucket, len(micro.slots), text) for micro in work.micro_batches),
+        micros=tuple(
+            MicroShape(micro.bucket, len(micro.slots), text, timesteps=bucket_timesteps(recipe, micro.bucket))
+            for micro in work.micro_batches
+        ),
         own=own,
         engine=meter.total - sum(sent for _, sent in own.values()),
         skipped=stats.skipped,

@@ -54,7 +54,8 @@ class Generator:
             timesteps = torch.full((len(prompts), 1), sigma * NUM_TRAIN_TIMESTEPS, device=self.device)
             ones = torch.ones(len(prompts), device=self.device)
             inputs = latents if first is None else first.beside(latents)
-            tokens = split_tokens(patchify(Noised(inputs, latents, timesteps, ones), model.patch_size), self.mesh)
+            patches = patchify(Noised(inputs, latents, timesteps, ones), model.patch_size)
+            tokens = split_tokens(patches, self.mesh, self.recipe.attention.pattern)
             prediction = join_tokens(models.at(sigma)(tokens, condition), tokens.layout)
             return unpatchify_output(prediction, latent, model.patch_size).to(latents.dtype)
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from framework.batch import Condition, Tokens
 from framework.kernels.attention import build_attention
-from framework.kernels.config import AttentionConfig
 from framework.models.dit import DiT
 from framework.parallel.zero.engine import predict
 from framework.recipe import Recipe, resolve_auto
@@ -28,6 +27,6 @@ def empty_model(recipe: Recipe) -> DiT:
     """The recipe's transformer on the meta device, with the attention kernel that this machine has: the run's may need
     a GPU or a package that isn't here.
     """
-    here = resolve_auto(replace(recipe, attention=AttentionConfig()))
+    here = resolve_auto(replace(recipe, attention=replace(recipe.attention, kernel="auto")))
     with torch.device("meta"):
         return DiT(recipe.model, build_attention(here.attention), rope=recipe.rope)

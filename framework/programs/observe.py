@@ -111,4 +111,5 @@ def build_validation(
         micro_batch=recipe.data.micro_batch,
         seed=recipe.seed,
         patch_size=recipe.model.patch_size,
+        pattern=recipe.attention.pattern,
     )

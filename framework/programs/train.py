@@ -242,7 +242,8 @@ def accumulate(parts: Parts, work: Work) -> list[tuple[Tensor, tuple[str, ...]]]
     losses = []
     for index, batch in enumerate(parts.loader.batches(work)):
         noised = parts.flow.noise(batch, step=work.step)
-        tokens = split_tokens(patchify(noised, parts.recipe.model.patch_size), parts.meshes[batch.bucket])
+        patches = patchify(noised, parts.recipe.model.patch_size)
+        tokens = split_tokens(patches, parts.meshes[batch.bucket], parts.recipe.attention.pattern)
         loss = parts.engine.scored(tokens, batch.condition, parts.flow.score(tokens)).sum()
         parts.engine.backward(loss, global_count=parts.global_count(work), last=index + 1 == work.num_micro)
         losses.append((loss.detach(), batch.uids))

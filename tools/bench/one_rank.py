@@ -128,7 +128,7 @@ def build_step(recipe: Recipe, mesh: Mesh, engine: Engine, work: Work, *, ema: E
     count = flow.global_count((mesh.dp.size,), [work.latent], work.model.out_channels)
 
     def step() -> None:
-        tokens = split_tokens(patchify(noised, work.model.patch_size), mesh)
+        tokens = split_tokens(patchify(noised, work.model.patch_size), mesh, recipe.attention.pattern)
         loss = flow.loss_sum(engine(tokens, condition), tokens)
         engine.backward(loss, global_count=count, last=True)
         stats = engine.step(lr=LR)

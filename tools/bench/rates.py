@@ -91,7 +91,7 @@ class AttentionShape:
     @property
     def flops(self) -> int:
         """Of the forward."""
-        return self.batch * attention_flops(self.queries, self.keys, self.heads * self.head_dim)
+        return self.batch * attention_flops(self.queries * self.keys, self.heads * self.head_dim)
 
     def tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, dout."""

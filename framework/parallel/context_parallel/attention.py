@@ -113,7 +113,8 @@ class Exchanged(torch.autograd.Function):
         mesh = ctx.layout.mesh
         (dout,) = gather_tokens_scatter_heads((grads[0],), mesh.ulysses)
         attended = Attended(*ctx.saved_tensors)
-        gradients = ring_backward(ctx.kernel, dout, attended, ctx.layout.ring_valid, mesh.ring)
+        layout = ctx.layout
+        gradients = ring_backward(ctx.kernel, dout, attended, layout.ring_valid, mesh.ring, pattern=layout.pattern)
         return (*scatter_tokens_gather_heads(gradients, ctx.num_heads, mesh.ulysses), None, None)
 
 
@@ -123,7 +124,7 @@ def attend_across(
     """The forward: what the backward needs, and the result."""
     mesh = layout.mesh
     q, k, v = gather_tokens_scatter_heads((q_bshd, k_bshd, v_bshd), mesh.ulysses)
-    out, lse = ring_forward(kernel, q, k, v, layout.ring_valid, mesh.ring)
+    out, lse = ring_forward(kernel, q, k, v, layout.ring_valid, mesh.ring, pattern=layout.pattern)
     (out_bshd,) = scatter_tokens_gather_heads((out,), q_bshd.shape[2], mesh.ulysses)
     return Attended(q, k, v, out, lse), out_bshd
 

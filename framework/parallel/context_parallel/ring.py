@@ -5,8 +5,13 @@ Attention over a union of key blocks follows from each block's output and log-su
 
     lse = log(exp(lse_a) + exp(lse_b))          out = out_a + w (out_b - out_a),  w = exp(lse_b - lse)
 
-and a block's share of the gradients from the output and log-sum-exp of the whole. Attention is bidirectional, so every
-rank has the same work and no reordering of tokens is needed.
+and a block's share of the gradients from the output and log-sum-exp of the whole. Where all tokens attend to each
+other, every rank has the same work and no reordering of tokens is needed.
+
+Under a pattern (kernels/pattern.py) the queries of a rank fall into parts that attend to the same spans of keys, and
+for each span that a rank holds there is one call of the kernel; what doesn't attend is never computed. The messages
+stay: all keys go to all ranks. Tokens stay in order too, so with block_causal the last rank has the most to do, up to
+twice the mean.
 
 While a kernel runs, the next keys and values are on their way, k and v in one message, r - 1 of them. In the backward
 k and v go round again; the gradient of a block starts at the rank after its owner, is added to at every rank, and comes
@@ -21,6 +26,8 @@ Shapes: `B` samples, `S` tokens of a rank, `h` heads, `d` channels of a head.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +36,7 @@ from torch import Tensor
 
 from framework.kernels.attended import Attended
 from framework.kernels.attention import AttentionKernel
+from framework.kernels.pattern import EVERY_TOKEN, Span, TokenPattern, reaches
 from framework.parallel.collectives import ring_exchange
 from framework.parallel.mesh import Group
 
@@ -36,34 +44,44 @@ Pair = tuple[Tensor, Tensor]
 
 
 def ring_forward(
-    kernel: AttentionKernel, q_bshd: Tensor, k_bshd: Tensor, v_bshd: Tensor, valid: tuple[int, ...], group: Group
+    kernel: AttentionKernel,
+    q_bshd: Tensor,
+    k_bshd: Tensor,
+    v_bshd: Tensor,
+    valid: tuple[int, ...],
+    group: Group,
+    *,
+    pattern: TokenPattern = EVERY_TOKEN,
 ) -> Pair:
     """Attention of this rank's queries over the valid tokens of all ranks: out `B S h d`, lse `B h S`.
 
-    valid: real tokens of every rank.
+    valid: real tokens of every rank. pattern: which tokens attend to each other.
     """
-    here = valid[group.index]
     precise = torch.promote_types(q_bshd.dtype, torch.float32)
-    q = q_bshd[:, :here]
-    merged: Pair | None = None
+    parts = ring_parts(pattern, valid, group.index)
+    found: list[Pair | None] = [None] * len(parts)
     held = torch.stack([k_bshd, v_bshd]) if group.size > 1 else None
     k, v = k_bshd, v_bshd
     for step in range(group.size):
         receive = send_onward(held, group, last=step + 1 == group.size)
-        there = valid[(group.index - step) % group.size]
-        if here and there:
-            block = kernel.forward(q, k[:, :there], v[:, :there], None)
-            merged = block if merged is None else merge(merged, block, precise)
+        for index, part in enumerate(parts):
+            for keys in part.keys[(group.index - step) % group.size]:
+                block = kernel.forward(q_bshd[:, part.queries], k[:, keys], v[:, keys], None)
+                before = found[index]
+                found[index] = block if before is None else merge(before, block, precise)
         if receive is not None:
             held = receive()
             k, v = held.unbind(0)
-    if merged is None:
-        batch, tokens, heads, _ = q_bshd.shape
+    batch, tokens, heads, _ = q_bshd.shape
+    if not parts:
         return torch.zeros_like(q_bshd), q_bshd.new_full((batch, heads, tokens), -torch.inf, dtype=precise)
-    out_bshd, lse_bhs = merged
-    missing = q_bshd.shape[1] - here
+    merged = [pair for pair in found if pair is not None]
+    assert len(merged) == len(parts), "every token attends to itself"
+    out_bshd = join([out.to(q_bshd.dtype) for out, _ in merged], 1)
+    lse_bhs = join([lse for _, lse in merged], 2)
+    missing = tokens - lse_bhs.shape[2]
     lse_bhs = F.pad(lse_bhs, (0, missing), value=-torch.inf) if missing else lse_bhs
-    return pad_tokens(out_bshd.to(q_bshd.dtype), q_bshd.shape[1]), lse_bhs
+    return pad_tokens(out_bshd, tokens), lse_bhs
 
 
 def ring_backward(
@@ -72,27 +90,19 @@ def ring_backward(
     attended: Attended,
     valid: tuple[int, ...],
     group: Group,
+    *,
+    pattern: TokenPattern = EVERY_TOKEN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's tokens. attended: what `ring_forward` took and gave."""
-    q_bshd, k_bshd, v_bshd, out_bshd, lse_bhs = attended
-    here = valid[group.index]
-    q, out, dout = q_bshd[:, :here], out_bshd[:, :here], dout_bshd[:, :here].contiguous()
-    lse = lse_bhs[..., :here].contiguous()
-    dq_bshd: Tensor | None = None
+    _, k_bshd, v_bshd, _, _ = attended
+    backward = PartsBackward(kernel, dout_bshd, attended, ring_parts(pattern, valid, group.index))
     own: Pair | None = None
     held = torch.stack([k_bshd, v_bshd]) if group.size > 1 else None
     k, v = k_bshd, v_bshd
     coming: Callable[[], Tensor] | None = None
     for step in range(group.size):
         receive = send_onward(held, group, last=step + 1 == group.size)
-        there = valid[(group.index - step) % group.size]
-        share = k[:, :0], v[:, :0]
-        if here and there:
-            dq, dk, dv = kernel.backward(dout, Attended(q, k[:, :there], v[:, :there], out, lse), None)
-            share = dk, dv
-            if group.size > 1:
-                dq = dq.to(lse.dtype)
-            dq_bshd = dq if dq_bshd is None else dq_bshd.add_(dq)
+        share = backward.of_keys(k, v, rank=(group.index - step) % group.size)
         if own is None:
             own = padded(share, k.shape[1])
         else:
@@ -105,8 +115,87 @@ def ring_backward(
     if coming is not None:
         dk, dv = add_share(coming(), own).unbind(0)
         own = dk, dv
-    grad_q = torch.zeros_like(q_bshd) if dq_bshd is None else pad_tokens(dq_bshd.to(q_bshd.dtype), q_bshd.shape[1])
-    return grad_q, *own
+    return backward.of_queries(), *own
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries of this rank that attend to the same keys. keys: of each rank those that it holds. All counted within the
+    rank that holds them.
+    """
+
+    queries: slice
+    keys: tuple[tuple[slice, ...], ...]
+
+
+def ring_parts(pattern: TokenPattern, valid: tuple[int, ...], index: int) -> list[Part]:
+    """What the queries of a rank attend to, on every rank; pairs that don't attend are in no part. Padding has none."""
+    starts = tuple(accumulate(valid, initial=0))
+    first, last = starts[index], starts[index + 1]
+
+    def held(keys: tuple[Span, ...], rank: int) -> tuple[slice, ...]:
+        begin, end = starts[rank], starts[rank + 1]
+        spans = ((max(start, begin), min(stop, end)) for start, stop in keys)
+        return tuple(slice(start - begin, stop - begin) for start, stop in spans if start < stop)
+
+    return [
+        Part(
+            slice(reach.queries[0] - first, reach.queries[1] - first),
+            tuple(held(reach.keys, rank) for rank in range(len(valid))),
+        )
+        for reach in reaches(pattern, starts[-1], (first, last))
+    ]
+
+
+class PartsBackward:
+    """The backward of a rank's queries, rank by rank of the keys."""
+
+    def __init__(self, kernel: AttentionKernel, dout_bshd: Tensor, attended: Attended, parts: list[Part]) -> None:
+        q, _, _, out, lse = attended
+        self._kernel, self._parts, self._q, self._precise = kernel, parts, q, lse.dtype
+        self._rows = [
+            (dout_bshd[:, s].contiguous(), q[:, s], out[:, s], lse[..., s].contiguous())
+            for s in (part.queries for part in parts)
+        ]
+        self._dq: list[Tensor | None] = [None] * len(parts)
+
+    def of_keys(self, k_bshd: Tensor, v_bshd: Tensor, *, rank: int) -> Pair:
+        """The gradients of a rank's keys and values: of as many leading tokens as have some."""
+        pieces = [(index, keys) for index, part in enumerate(self._parts) for keys in part.keys[rank]]
+        most = max((keys.stop for _, keys in pieces), default=0)
+        lone = len(pieces) == 1 and pieces[0][1].start == 0
+        sums = None if lone else zeros_of((k_bshd[:, :most], v_bshd[:, :most]), self._precise)
+        for index, keys in pieces:
+            dout, q, out, lse = self._rows[index]
+            dq, dk, dv = self._kernel.backward(dout, Attended(q, k_bshd[:, keys], v_bshd[:, keys], out, lse), None)
+            if sum(len(each) for each in self._parts[index].keys) > 1:
+                dq = dq.to(lse.dtype)
+            before = self._dq[index]
+            self._dq[index] = dq if before is None else before.add_(dq)
+            if sums is None:
+                return dk, dv
+            sums[0][:, keys].add_(dk)
+            sums[1][:, keys].add_(dv)
+        assert sums is not None
+        return sums[0].to(k_bshd.dtype), sums[1].to(v_bshd.dtype)
+
+    def of_queries(self) -> Tensor:
+        """dq `B S h d`, when the keys of all ranks have been seen."""
+        if not self._parts:
+            return torch.zeros_like(self._q)
+        found = [dq.to(self._q.dtype) for dq in self._dq if dq is not None]
+        assert len(found) == len(self._parts), "every token attends to itself"
+        return pad_tokens(join(found, 1), self._q.shape[1])
+
+
+def join(parts: list[Tensor], dim: int) -> Tensor:
+    """One after the other; a lone one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def zeros_of(pair: Pair, dtype: torch.dtype) -> Pair:
+    """Zeros of the shapes of both, to sum in."""
+    return torch.zeros_like(pair[0], dtype=dtype), torch.zeros_like(pair[1], dtype=dtype)
 
 
 def pad_tokens(x_bshd: Tensor, num_tokens: int) -> Tensor:

@@ -14,22 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from framework.batch import TokenLayout, Tokens
+from framework.kernels.config import PatternConfig
+from framework.kernels.pattern import EVERY_TOKEN, TokenPattern
 from framework.parallel.collectives import all_gather_tokens
 from framework.parallel.mesh import Group, Mesh
 
 
-def token_layout(num_tokens: int, mesh: Mesh) -> TokenLayout:
+def token_layout(num_tokens: int, mesh: Mesh, pattern: TokenPattern = EVERY_TOKEN) -> TokenLayout:
     """The parts of `num_tokens` tokens on the replica of `mesh`."""
     part = -(-num_tokens // mesh.replica.size)
     valid = tuple(max(0, min(part, num_tokens - rank * part)) for rank in range(mesh.replica.size))
-    return TokenLayout(valid, mesh.replica.index, mesh)
+    return TokenLayout(valid, mesh.replica.index, mesh, pattern)
 
 
-def split_tokens(tokens: Tokens, mesh: Mesh) -> Tokens:
+def split_tokens(tokens: Tokens, mesh: Mesh, pattern: PatternConfig) -> Tokens:
     """This rank's part of the tokens of a micro-batch: every `B S ...` becomes `B s ...`; positions, which attention
-    needs, those of all tp ranks: `B (tp s) 3`.
+    needs, those of all tp ranks: `B (tp s) 3`. pattern: which tokens attend to each other.
     """
-    layout = token_layout(tokens.patches.shape[1], mesh)
+    layout = token_layout(tokens.patches.shape[1], mesh, replace(tokens.layout.pattern, config=pattern))
 
     def part(x: Tensor, group: Group = mesh.replica) -> Tensor:
         size = -(-x.shape[1] // mesh.replica.size) * (mesh.replica.size // group.size)

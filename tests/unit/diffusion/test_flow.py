@@ -153,7 +153,7 @@ def test_sum_over_count_is_the_mean(weight: str) -> None:
         shape = (clips, 3, latent.frames, latent.height, latent.width)
         generator = torch.Generator().manual_seed(clips)
         batch = replace(make_batch(["x"] * clips), latents=torch.randn(shape, generator=generator), latent=latent)
-        tokens = patchify(flow.mix(batch, torch.randn(shape, generator=generator), [0.5] * clips), patch)
+        tokens = patchify(flow.mix(batch, torch.randn(shape, generator=generator), [[0.5]] * clips), patch)
         assert tokens.target is not None
         total += float(flow.loss_sum(torch.zeros_like(tokens.target), tokens))
         target = torch.randn(shape, generator=torch.Generator().manual_seed(clips))
