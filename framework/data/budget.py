@@ -19,8 +19,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from framework.kernels.pattern import TokenPattern, attended_pairs
 from framework.models.config import training_cost
+from framework.plan.bucket import bucket_pairs
 from framework.plan.flops import step_flops
 from framework.recipe import Recipe, bucket_timesteps, bucket_tokens
 from framework.shapes import divisors
@@ -99,17 +99,6 @@ def sample_costs(recipe: Recipe) -> list[float]:
         c = step_flops(recipe.model, tokens=0, text=text_length(recipe.text), timesteps=timesteps).total
         costs.append(a * bucket_pairs(recipe, index) + b * grid.num_tokens + c)
     return costs
-
-
-def bucket_pattern(recipe: Recipe, index: int) -> TokenPattern:
-    """Which tokens of a bucket's clips attend to each other."""
-    grid = bucket_tokens(recipe, index)
-    return TokenPattern(recipe.attention.pattern, grid.height * grid.width)
-
-
-def bucket_pairs(recipe: Recipe, index: int) -> int:
-    """How many pairs of tokens of a bucket's clip attend."""
-    return attended_pairs(bucket_pattern(recipe, index), bucket_tokens(recipe, index).num_tokens)
 
 
 def _budget(costs: Sequence[float], shares: Sequence[float], reference: int, spread: float) -> float:

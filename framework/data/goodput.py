@@ -31,12 +31,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from framework.data.budget import Batches, bucket_pairs, bucket_pattern, micro_sizes, plan_batches
+from framework.data.budget import Batches, micro_sizes, plan_batches
 from framework.data.order import Mixture
 from framework.kernels.pattern import attended_pairs
 from framework.keys import key
 from framework.models.config import training_cost
 from framework.parallel.config import MeshShape, split_shape
+from framework.plan.bucket import bucket_pairs, bucket_pattern
 from framework.recipe import Recipe, bucket_degrees, bucket_tokens
 from framework.shapes import even_parts
 from framework.text.config import text_length

@@ -20,19 +20,19 @@ weights that is trained, beside the gradient of what goes in, as if all blocks w
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
 from framework.parallel.config import MeshShape, split_shape
+from framework.plan.bucket import bucket_flops
 from framework.plan.computing import Compute, attention_rates, compute_of, optimizer_seconds, slowdown
-from framework.plan.flops import step_flops
 from framework.plan.hardware import Attention, Hardware
 from framework.plan.links import Kind, Place, place_of, seconds
 from framework.plan.sent import Own, Weights, engine_sent, micro_sent, weights_of
 from framework.plan.traffic import MicroShape
 from framework.plan.work import ATTENTION_BACKWARD, block_work
-from framework.recipe import Recipe, bucket_degrees, bucket_tokens
+from framework.recipe import Recipe, bucket_degrees
 
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
     {
@@ -62,6 +62,11 @@ class Exchange:
         return Exchange(self.total * times, self.exposed * times)
 
 
+# Of StepTime, what adds up over steps.
+EXCHANGES: Final = ("tp", "ulysses", "ring", "zero")
+SUMMED: Final = ("linears", "attention", "elementwise", "recompute", *EXCHANGES, "optimizer", "overhead", "model_flops")
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of a step by part. elementwise: what is neither a linear nor attention. optimizer: update, EMA and copies
@@ -83,6 +88,13 @@ class StepTime:
     ranks: int
     peak: float | None
 
+    def __add__(self, other: "StepTime") -> "StepTime":
+        """Of two steps on the same ranks."""
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in SUMMED})
+
+    def __mul__(self, times: float) -> "StepTime":
+        return replace(self, **{name: getattr(self, name) * times for name in SUMMED})
+
     @property
     def computing(self) -> float:
         """Seconds of kernels, without exchanges, optimizer and host."""
@@ -97,6 +109,11 @@ class StepTime:
     def total(self) -> float:
         """Seconds of the step."""
         return self.computing + self.exposed + self.optimizer + self.overhead
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by part, of exchanges those that nothing hides; their sum is the total."""
+        found = {name: getattr(self, name) for name in SUMMED if name != "model_flops"}
+        return {name: value.exposed if name in EXCHANGES else value for name, value in found.items()}
 
     @property
     def rank_flops(self) -> float:
@@ -133,14 +150,7 @@ def step_time(
         place = group_place(degrees.ulysses, degrees.tp, shape, hardware)
         ulysses += waited(own, "ulysses", hardware, place) * count
         ring += ring_exchange(recipe, degrees, hardware, own, work.attention, rates) * count
-        model = step_flops(
-            recipe.model,
-            tokens=bucket_tokens(recipe, micro.bucket).num_tokens,
-            text=micro.text,
-            image=micro.image,
-            timesteps=micro.timesteps,
-        )
-        flops += float(model.total) * micro.samples * degrees.dp * count
+        flops += float(bucket_flops(recipe, micro.bucket).total) * micro.samples * degrees.dp * count
     zero = zero_exchange(recipe, shape, hardware, weights, compute, len(micros))
     optimizer = optimizer_seconds(recipe, shape, hardware, weights, len(micros))
     busy = compute.total + tp.exposed + ulysses.exposed + ring.exposed + zero.exposed + optimizer

@@ -14,8 +14,10 @@ moves FUSED of them in FUSED of the kernels.
 
 from dataclasses import dataclass
 
+from framework.kernels.pattern import attended_pairs
 from framework.parallel.config import MeshShape
 from framework.parallel.zero.config import SIZES
+from framework.plan.bucket import bucket_pattern
 from framework.plan.flops import attention_flops, linear_flops
 from framework.plan.traffic import MicroShape, compute, part_tokens, precise
 from framework.recipe import Recipe, bucket_tokens
@@ -53,8 +55,8 @@ def block_work(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> Work:
     linears = linear_flops(tokens, model.width, 6 * width + 2 * hidden)
     linears += linear_flops(b * seen, model.width, 2 * width)
     heads = even_parts(model.num_attention_heads // n, u)[0]
-    queries = min(real, tokens // b * u)
-    attention = b * attention_flops(queries, real, heads * model.attention_head_dim)
+    pairs = most_pairs(recipe, micro.bucket, min(real, tokens // b * u), ring=shape.ring)
+    attention = b * attention_flops(pairs, heads * model.attention_head_dim)
     outer = linear_flops(tokens // n, model.width, model.in_patch_dim + model.out_patch_dim)
     outer += linear_flops(b * micro.text, model.width, model.text_dim + model.width)
     outer += linear_flops(b * micro.image, model.width, (model.image_dim or 0) + model.width)
@@ -62,11 +64,21 @@ def block_work(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> Work:
     return Work(
         linears=linears,
         attention=attention,
-        cross=attention_flops(tokens, seen, width),
+        cross=attention_flops(tokens * seen, width),
         moved=moved_bytes(recipe, shape, micro, tokens),
         outer_linears=outer,
         outer_moved=tokens // n * (model.in_patch_dim + 2 * model.width) * 8.0,
     )
+
+
+def most_pairs(recipe: Recipe, bucket: int, queries: int, *, ring: int) -> int:
+    """Pairs that attend among the queries of a ring's rank, of the rank that has the most: it is waited for."""
+    grid = bucket_tokens(recipe, bucket)
+    if recipe.attention.pattern.name == "full":
+        return queries * grid.num_tokens
+    pattern = bucket_pattern(recipe, bucket)
+    spans = ((rank * queries, min(grid.num_tokens, (rank + 1) * queries)) for rank in range(ring))
+    return max(attended_pairs(pattern, grid.num_tokens, span) for span in spans if span[0] < span[1])
 
 
 def moved_bytes(recipe: Recipe, shape: MeshShape, micro: MicroShape, tokens: int) -> float:

@@ -1,0 +1,87 @@
+"""What a rank needs of its device's memory at the peak of a step: what is allocated (plan/peak.py), what the context and
+the communicators take, and what the allocator reserves besides. What counts against a device is what is reserved.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+from framework.forecast.draws import Draw
+from framework.parallel.config import AXES, GROUP_AXES, MeshShape
+from framework.plan.hardware import Hardware
+from framework.plan.peak import Peak, peak_of
+from framework.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank. step: what a step allocates, in the bucket that needs the most. ema: its part of the average.
+    headroom: reserved and not allocated. capacity: of the device.
+    """
+
+    step: Peak
+    ema: float
+    communicators: float
+    context: float
+    headroom: float
+    capacity: float
+
+    @property
+    def total(self) -> float:
+        return self.step.total + self.ema + self.communicators + self.context + self.headroom
+
+    @property
+    def host(self) -> float:
+        """Bytes in the host's memory."""
+        return self.step.host
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.capacity
+
+    def parts(self) -> dict[str, float]:
+        """By name; their sum is the total."""
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("step", "capacity")}
+        return {**self.step.parts(), **own}
+
+    def refusal(self) -> str:
+        """Why it doesn't fit."""
+        largest = sorted(self.parts().items(), key=lambda part: -part[1])[:3]
+        said = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in largest)
+        return (
+            f"a rank needs {self.total / 1e9:.1f} GB and the device has {self.capacity / 1e9:.1f}: {said}; "
+            "`cuboid plan --search` ranks what fits"
+        )
+
+
+def memory_of(recipe: Recipe, shape: MeshShape, hardware: Hardware, draws: Sequence[Draw], *, trained: int) -> Memory:
+    """Of a rank of a mesh. trained: elements of a rank's tp part."""
+    device, ranks = hardware.device, shape.dp * shape.cp
+    step = max((peak_of(recipe, shape, draw.micros) for draw in draws), key=lambda peak: peak.total)
+    ema = 4 * trained / recipe.zero.partition_size(ranks) if recipe.ema.decay else 0.0
+    return Memory(
+        step=step,
+        ema=ema,
+        communicators=device.communicator * num_communicators([shape, *(draw.shape for draw in draws)]),
+        context=device.context,
+        headroom=(device.headroom - 1) * (step.total + ema),
+        capacity=device.memory,
+    )
+
+
+def num_communicators(shapes: Iterable[MeshShape]) -> int:
+    """Process groups of more than one rank that a rank is in; groups of the same ranks share one (parallel/mesh.py)."""
+    spans = {ranks_of(shape, axes) for shape in shapes for axes in GROUP_AXES.values()}
+    return len(spans - {()})
+
+
+def ranks_of(shape: MeshShape, axes: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """The ranks of a group as (stride, count) from the inside out, neighbouring axes as one: equal for equal ranks."""
+    found: list[tuple[int, int]] = []
+    stride = 1
+    for axis in reversed(AXES):
+        size = getattr(shape, axis)
+        if axis in axes and size > 1:
+            joins = found and found[-1][0] * found[-1][1] == stride
+            found[-1:] = [(found[-1][0], found[-1][1] * size)] if joins else [*found[-1:], (stride, size)]
+        stride *= size
+    return tuple(found)

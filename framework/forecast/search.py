@@ -1,0 +1,150 @@
+"""Every layout of a recipe on a number of GPUs that can work, the fastest first.
+
+A layout is the mesh (dp, ring, ulysses, tp), the engine, stage and partition of ZeRO, the samples of a forward, and what
+is done to save memory. What saves memory costs time, so of the ways to do it, in the order of their cost, the first that
+fits is taken (LADDER); of the rest every combination is looked at. tp and ulysses stay inside the link domain, since
+their exchanges are waited for; a ring and ZeRO may leave it. With several buckets each has its own ring and ulysses
+(data/splits.py).
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Final, Literal
+
+from framework.data.splits import resolve_degrees
+from framework.forecast.draws import Deal, Draw, deal_of, draws_of
+from framework.forecast.memory import Memory, memory_of
+from framework.models.config import ExecutionConfig
+from framework.parallel.config import MeshConfig, MeshShape
+from framework.parallel.zero.config import ZeroConfig, check_engine
+from framework.plan.hardware import Hardware
+from framework.forecast.step import mean_step
+from framework.plan.sent import Weights, weights_of
+from framework.plan.time import StepTime
+from framework.recipe import Recipe
+from framework.shapes import divisors
+
+MOST_RING: Final = 64
+MOST_SAMPLES: Final = 4  # of a forward: where a clip fills the device, more of them gain nothing
+# Ways to need less memory, each slower than the one before: recompute, activations on the host, optimizer on the host.
+LADDER: Final[tuple[tuple[Literal["none", "keep_attention", "all"], bool, bool], ...]] = (
+    ("none", False, False),
+    ("keep_attention", False, False),
+    ("all", False, False),
+    ("keep_attention", True, False),
+    ("all", True, False),
+    ("all", False, True),
+    ("all", True, True),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to run a recipe that fits. recipe: with its keys set. seconds: of a step, on average over the buckets."""
+
+    recipe: Recipe
+    shape: MeshShape
+    memory: Memory
+    time: StepTime
+
+    @property
+    def words(self) -> list[str]:
+        """What to set, as the command line takes it."""
+        recipe, zero, execution = self.recipe, self.recipe.zero, self.recipe.execution
+        degrees = "degrees=auto" if recipe.data.degrees == "auto" else ""
+        found = [f"mesh.{axis}={getattr(self.shape, axis)}" for axis in ("dp", "ring", "ulysses", "tp")]
+        found += [f"zero.engine={zero.engine}", f"zero.stage={zero.stage}"]
+        found += [f"zero.partition={zero.partition}"] if zero.partition != "all" else []
+        found += [f"zero.offload={zero.offload}"] if zero.offload != "none" else []
+        found += [f"execution.recompute={execution.recompute}"]
+        found += ["execution.offload=true"] if execution.offload else []
+        return [*found, f"data.micro_batch={recipe.data.micro_batch}", *([f"data.{degrees}"] if degrees else [])]
+
+
+def search(recipe: Recipe, hardware: Hardware, *, gpus: int) -> list[Layout]:
+    """The layouts that fit, by the time of a step. Raises ValueError where there is none, with what is nearest."""
+    deal, found = deal_of(recipe), []
+    weights = {tp: weights_of(recipe, tp) for tp in divisors(min(gpus, hardware.network.domain))}
+    nearest: Memory | None = None
+    for shape in meshes(recipe, hardware, deal, gpus=gpus):
+        meshed = with_mesh(recipe, shape)
+        for micro_batch, zero in product(micro_batches(deal, shape), zeros(recipe, hardware, shape)):
+            data = replace(meshed.data, micro_batch=micro_batch)
+            draws = draws_of(replace(meshed, data=data), shape, deal)
+            tried = replace(meshed, data=data, zero=zero)
+            fitting = first_that_fits(tried, shape, hardware, draws, weights[shape.tp])
+            if isinstance(fitting, Layout):
+                found.append(fitting)
+            elif fitting is not None and (nearest is None or fitting.total < nearest.total):
+                nearest = fitting
+    if not found:
+        least = "" if nearest is None else f"; the least that any needs is {nearest.total / 1e9:.1f} GB a rank"
+        raise ValueError(
+            f"no layout of this recipe on {gpus} GPUs fits {hardware.device.memory / 1e9:.1f} GB ({hardware.name})"
+            f"{least}: take more GPUs, smaller buckets, or a smaller data.micro_batch"
+        )
+    return sorted(found, key=lambda layout: layout.time.total)
+
+
+def meshes(recipe: Recipe, hardware: Hardware, deal: Deal, *, gpus: int) -> Iterator[MeshShape]:
+    """Those whose tp and ulysses divide heads and link domain, and whose replicas all have samples."""
+    heads, domain = recipe.model.num_attention_heads, min(gpus, hardware.network.domain)
+    for tp, ulysses in product(divisors(domain), repeat=2):
+        if heads % tp or tp * ulysses > domain or domain % (tp * ulysses) or ulysses > heads // tp:
+            continue
+        for ring in divisors(gpus // (tp * ulysses)) if gpus % (tp * ulysses) == 0 else ():
+            dp = gpus // (tp * ulysses * ring)
+            if ring <= min(MOST_RING, max(deal.tokens)) and dp <= max(deal.batches.sizes):
+                yield MeshShape(dp, ring, ulysses, tp)
+
+
+def with_mesh(recipe: Recipe, shape: MeshShape) -> Recipe:
+    """The recipe on a mesh, with degrees for each bucket where there are several."""
+    mesh = MeshConfig(shape.dp, shape.ring, shape.ulysses, shape.tp)
+    if len(recipe.data.buckets) == 1:
+        return replace(recipe, mesh=mesh)
+    buckets = [replace(bucket, ring=None, ulysses=None) for bucket in recipe.data.buckets]
+    data = replace(recipe.data, degrees="auto", buckets=buckets)
+    return resolve_degrees(replace(recipe, mesh=mesh, data=data), shape)
+
+
+def micro_batches(deal: Deal, shape: MeshShape) -> list[int]:
+    """Samples of a forward, as far as a replica has so many."""
+    rows = -(-min(deal.batches.sizes) // shape.dp)
+    return [size for size in (1, 2, 4) if size <= min(rows, MOST_SAMPLES)]
+
+
+def zeros(recipe: Recipe, hardware: Hardware, shape: MeshShape) -> list[ZeroConfig]:
+    """Engines and stages that can keep the recipe's precision."""
+    ranks, found = shape.dp * shape.cp, []
+    inside = hardware.network.domain // shape.tp
+    for engine, stage in (("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("fsdp2", 2), ("fsdp2", 3)):
+        parts = ["all", *([inside] if engine == "fsdp2" and 1 < inside < ranks and ranks % inside == 0 else [])]
+        for partition in parts:
+            with suppress(ValueError):  # what the engine refuses isn't a layout
+                zero = replace(recipe.zero, engine=engine, stage=stage, partition=partition, offload="none")
+                check_engine(zero, recipe.precision)
+                found.append(zero)
+    return found
+
+
+def first_that_fits(
+    recipe: Recipe, shape: MeshShape, hardware: Hardware, draws: list[Draw], weights: Weights
+) -> Layout | Memory | None:
+    """Up the ladder; else the least that is needed, None where no rung is allowed."""
+    least: Memory | None = None
+    for recompute, activations, optimizer in LADDER:
+        try:
+            zero = replace(recipe.zero, offload="optimizer" if optimizer else "none")
+            check_engine(zero, recipe.precision)
+        except ValueError:
+            continue
+        execution = replace(recipe.execution, recompute=recompute, offload=activations)
+        tried = replace(recipe, zero=zero, execution=execution)
+        memory = memory_of(tried, shape, hardware, draws, trained=weights.trained)
+        if memory.fits:
+            return Layout(tried, shape, memory, mean_step(tried, shape, hardware, draws, weights))
+        least = memory if least is None or memory.total < least.total else least
+    return least

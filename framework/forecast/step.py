@@ -1,0 +1,26 @@
+"""The time of a step of a recipe, on average over the buckets that it may draw."""
+
+from collections.abc import Sequence
+
+from framework.forecast.draws import Draw
+from framework.parallel.config import MeshShape
+from framework.plan.hardware import Hardware
+from framework.plan.sent import Weights
+from framework.plan.time import StepTime, step_time
+from framework.recipe import Recipe
+
+
+def step_of(recipe: Recipe, shape: MeshShape, hardware: Hardware, draw: Draw, weights: Weights) -> StepTime:
+    """Of a step whose draws are all of one bucket. weights: of a rank's tp part."""
+    return step_time(recipe, shape, hardware, draw.micros * recipe.data.rounds, weights=weights)
+
+
+def mean_step(
+    recipe: Recipe, shape: MeshShape, hardware: Hardware, draws: Sequence[Draw], weights: Weights
+) -> StepTime:
+    """Over the draws, by their shares."""
+    times = [step_of(recipe, shape, hardware, draw, weights) for draw in draws]
+    found = times[0] * draws[0].share
+    for draw, time in zip(draws[1:], times[1:], strict=True):
+        found = found + time * draw.share
+    return found

@@ -1,0 +1,162 @@
+"""A forecast as a person reads it: plain text, aligned."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from framework.data.report_text import size, table
+from framework.forecast.forecast import BucketForecast, Forecast
+from framework.forecast.memory import Memory
+from framework.forecast.search import Layout
+from framework.plan.time import StepTime
+
+COLUMNS = (
+    "bucket",
+    "tokens",
+    "samples",
+    "mix",
+    "PFLOP",
+    "attention",
+    "ring x ulysses",
+    "tokens a rank",
+    "micro",
+    "step",
+    "MFU",
+)
+
+
+def forecast_lines(found: Forecast) -> list[str]:
+    """The whole plan."""
+    mesh = found.mesh
+    trained = "" if found.trained == found.parameters else f", {found.trained:,} of them trained"
+    return [
+        f"{found.run}: {found.parameters:,} parameters{trained}; {mesh} = {mesh.world_size:,} x {found.hardware}; "
+        f"{found.layout}",
+        "",
+        *table([COLUMNS, *(bucket_row(bucket) for bucket in found.buckets)]),
+        "",
+        *memory_lines(found),
+        "",
+        *step_lines(found),
+        "",
+        *end_lines(found),
+    ]
+
+
+def bucket_row(bucket: BucketForecast) -> tuple[str, ...]:
+    """One bucket."""
+    sizes = bucket.micro_batches
+    micro = f"{len(sizes)} x {sizes[0]}" if len(set(sizes)) == 1 else f"{len(sizes)} x {sizes[-1]}-{sizes[0]}"
+    return (
+        bucket.name,
+        f"{bucket.tokens:,}",
+        f"{bucket.samples:,}",
+        f"{bucket.share:.1%}",
+        f"{bucket.petaflops:,.3g}",
+        f"{bucket.attention:.0%}",
+        f"{bucket.ring} x {bucket.ulysses}",
+        f"{bucket.tokens_a_rank:,}",
+        micro,
+        seconds(bucket.seconds),
+        share(bucket.mfu),
+    )
+
+
+def memory_lines(found: Forecast) -> list[str]:
+    """What a rank holds at its peak."""
+    memory = found.memory
+    parts = {name.replace("_", " "): value for name, value in memory.parts().items() if value}
+    rows = [(f"  {name}", f"{value / 1e9:,.2f}") for name, value in parts.items()]
+    verdict = "fits" if memory.fits else "does NOT fit"
+    host = f"; {memory.host / 1e9:,.1f} GB more on the host" if memory.host else ""
+    return [
+        "memory of a rank at its peak, GB",
+        *table(rows),
+        f"  {memory.total / 1e9:,.1f} of {memory.capacity / 1e9:,.1f} GB: {verdict}{host}",
+    ]
+
+
+def step_lines(found: Forecast) -> list[str]:
+    """Where a step's time goes, and what it sends."""
+    parts = [(name, value) for name, value in found.time.parts().items() if value]
+    shares = ", ".join(f"{name} {value / found.time.total:.0%}" for name, value in sorted(parts, key=lambda p: -p[1]))
+    sent = ", ".join(f"{group} {size(sent)}" for group, sent in sorted(found.traffic.items(), key=lambda p: -p[1]))
+    return [
+        f"a step takes {seconds(found.time.total)}, MFU {share(found.time.mfu)}: {shares}",
+        f"a rank sends in a step: {sent or 'nothing'}",
+    ]
+
+
+def end_lines(found: Forecast) -> list[str]:
+    """To the end of the recipe."""
+    return [
+        f"{found.steps:,} steps: {found.samples:,.0f} samples, {found.tokens:,.0f} tokens, {found.hours:,.1f} h, "
+        f"{found.gpu_hours:,.0f} GPU-hours, about ${found.cost:,.0f}",
+        f"a checkpoint is {size(found.checkpoint)}, and a step waits {seconds(found.stall)} for its copy; the samples "
+        f"as latents, each as often as it is drawn: {size(found.latents)}",
+    ]
+
+
+def layout_lines(layouts: Sequence[Layout], *, most: int = 10) -> list[str]:
+    """The best layouts, a line each, and how to take the first."""
+    best = layouts[0]
+    rows = [("step", "MFU", "GB", "mesh", "ZeRO", "recompute", "micro")]
+    for layout in layouts[:most]:
+        zero, execution = layout.recipe.zero, layout.recipe.execution
+        parts = "" if zero.partition == "all" else f"/{zero.partition}"
+        host = " +host" * (zero.offload == "optimizer")
+        kept = execution.recompute + " +host" * execution.offload
+        rows.append(
+            (
+                seconds(layout.time.total),
+                share(layout.time.mfu),
+                f"{layout.memory.total / 1e9:.1f}",
+                str(layout.shape),
+                f"{zero.engine} {zero.stage}{parts}{host}",
+                kept,
+                str(layout.recipe.data.micro_batch),
+            )
+        )
+    return [
+        f"{len(layouts):,} layouts fit; the fastest:",
+        *table(rows),
+        f"the first as words: {' '.join(best.words)}",
+    ]
+
+
+def to_json(found: Forecast) -> dict[str, object]:
+    """The forecast as plain data: its fields by name, memory and time by part with their sums."""
+    return asdict(found) | {"memory": memory_json(found.memory), "time": time_json(found.time)}
+
+
+def layouts_json(layouts: Sequence[Layout]) -> list[dict[str, object]]:
+    """Layouts as plain data, the fastest first."""
+    return [
+        {"words": layout.words, "memory": memory_json(layout.memory), "time": time_json(layout.time)}
+        for layout in layouts
+    ]
+
+
+def memory_json(memory: Memory) -> dict[str, object]:
+    """Bytes by part."""
+    return {
+        **memory.parts(),
+        "total": memory.total,
+        "host": memory.host,
+        "capacity": memory.capacity,
+        "fits": memory.fits,
+    }
+
+
+def time_json(time: StepTime) -> dict[str, object]:
+    """Seconds by part."""
+    return {**time.parts(), "total": time.total, "mfu": time.mfu, "model_flops": time.model_flops}
+
+
+def seconds(value: float) -> str:
+    """A time at a readable scale."""
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def share(value: float | None) -> str:
+    """Per cent, where it is known."""
+    return "-" if value is None else f"{value:.1%}"
