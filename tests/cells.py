@@ -12,16 +12,18 @@ from typing import Literal
 import mutations
 import torch
 import torch.distributed as dist
+from masked import FULL, mask_of, masked_attention, name_of
 from torch import Tensor
 
 from framework.batch import Noised, Tokens
 from framework.environment import Environment
 from framework.kernels.aten import AtenAttention
+from framework.kernels.config import PatternConfig
 from framework.kernels.reference import ReferenceAttention
 from framework.models.adapters import add_adapters
 from framework.models.config import NO_ADAPTERS, ExecutionConfig, LoraConfig, ModelConfig
 from framework.models.dit import DiT
-from framework.models.parallelize import parallelize
+from framework.models.parallelize import blocks_of, parallelize
 from framework.models.patchify import patchify
 from framework.parallel.collectives import gather_objects
 from framework.parallel.config import MeshShape
@@ -60,6 +62,7 @@ class Cell:
     reference_kernel: bool = False
     adapted: bool = False
     trainable: tuple[str, ...] = ()
+    pattern: PatternConfig = FULL
 
     @property
     def lora(self) -> LoraConfig:
@@ -79,6 +82,7 @@ class Cell:
         words += [f"micro{self.micro}"] if self.micro > 1 else []
         words += ["adapted"] if self.adapted else []
         words += list(self.trainable)
+        words += [name_of(self.pattern)] if self.pattern != FULL else []
         words += [f"split{self.split[0]}x{self.split[1]}"] if self.split else []
         return "-".join(words)
 
@@ -123,8 +127,13 @@ def inputs_of(cell: Cell, config: ModelConfig) -> Inputs:
 
 
 def serial(cell: Cell, config: ModelConfig) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-    """Loss, gradients and weights on one device, by the plain kernel."""
+    """Loss, gradients and weights on one device, by the plain kernel, or a dense mask."""
     model = DiT(config, ReferenceAttention())
+    if cell.pattern != FULL:
+        t, h, w = cell.latent
+        mask = mask_of(cell.pattern, t, h * w)
+        for _, block in blocks_of(model):
+            block.attn1.attention = lambda q, k, v, layout: masked_attention(q, k, v, mask)
     add_adapters(model, cell.lora)
     model.double()
     for name, parameter in model.named_parameters():
@@ -207,7 +216,7 @@ def parallel(
         empty = rows.start >= rows.stop
         if empty:  # an empty slot: it is computed and weighs nothing
             rows = slice(0, 1)
-        tokens = split_tokens(rows_of(inputs.tokens, rows), here)
+        tokens = split_tokens(rows_of(inputs.tokens, rows), here, cell.pattern)
         loss = run(model, tokens, inputs, rows).sum() / cell.samples
         loss = loss * 0 if empty else loss
         loss.backward()

@@ -3,6 +3,7 @@
 They patch the product in the rank's own process, which ends with the test.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,6 +119,18 @@ def own_lse_in_the_merge() -> None:
         return (a[0].to(dtype) + b[0].to(dtype)) / 2, torch.logaddexp(a[1], b[1])
 
     ring.merge = wrong
+
+
+def frames_counted_from_the_rank() -> None:
+    """The pattern takes a rank's first token for the clip's."""
+    right = ring.reaches
+
+    def wrong(pattern: Any, num_tokens: int, queries: tuple[int, int]) -> Any:
+        first, last = queries
+        found = right(pattern, num_tokens, (0, last - first))
+        return [replace(reach, queries=(reach.queries[0] + first, reach.queries[1] + first)) for reach in found]
+
+    ring.reaches = wrong
 
 
 def heads_in_another_order() -> None:

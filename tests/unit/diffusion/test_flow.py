@@ -99,6 +99,34 @@ def test_stratified_levels_share_out_the_step() -> None:
     assert noised.timesteps[:2, 0].tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_level_for_each_frame() -> None:
+    """4 latent frames in patches of 2: two levels a clip, each from a key of its own; both frames of a patch share."""
+    flow = make_flow(replace(CONFIG, timesteps=TimestepsConfig(per_frame=True)))
+    batch = make_batch(["a", "b"])
+    noised = flow.noise(batch, step=STEP)
+    seen = []
+    for i, draw in enumerate(batch.draws):
+        us = [(key(SEED, "frame_timestep", uid=f"{draw}@{frame}", step=STEP) >> 11) / 2**53 for frame in range(2)]
+        sigmas = [K * u / (1 + (K - 1) * u) for u in us]
+        seen += sigmas
+        assert noised.timesteps[i].tolist() == pytest.approx([1000 * sigma for sigma in sigmas], rel=1e-6)
+        eps, clean = eps_of(draw), batch.latents[i].double()
+        for frame in range(4):
+            expected = clean[:, frame] + sigmas[frame // 2] * (eps - clean)[:, frame]
+            torch.testing.assert_close(noised.latents[i, :, frame].double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(noised.target[i].double(), eps - clean, rtol=1e-6, atol=1e-6)
+    assert len(set(seen)) == 4
+    tokens = patchify(noised, (2, 1, 2))
+    assert tokens.timesteps.shape == (2, 2) and tokens.frame_index[0].tolist() == [0] * 6 + [1] * 6
+    alone = flow.noise(make_batch(["a"]), step=STEP)
+    assert torch.equal(alone.timesteps[0], noised.timesteps[0]) and torch.equal(alone.target[0], noised.target[0])
+
+
+def test_levels_of_frames_are_not_stratified() -> None:
+    with pytest.raises(ValueError, match=r"stratified=true .* per_frame=true"):
+        TimestepsConfig(stratified=True, per_frame=True)
+
+
 def test_keyed_noise_is_standard_normal() -> None:
     noise = keyed_noise(key(0, "noise"), (200_000,))
     assert abs(noise.mean()) < 5 / 200_000**0.5 and abs(noise.std() - 1) < 0.01
