@@ -6,6 +6,7 @@ Exit status: 0 done; 1 failed; 2 the user's mistake, with one message; 128 + n s
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ from framework.failure import failure_of, write_failure
 from framework.heartbeat import Heart, process_began
 from framework.launch.check import check_machine, check_start, check_store
 from framework.launch.local import run_local
+from framework.launch.stages import stages_of_rank, train_here
 from framework.recipe import Recipe, load_recipe
 from framework.run import Resolved, RunFailure, launched_run, recipe_of_run, resolve_invocation
 from framework.shapes import ClipShape
@@ -126,19 +128,24 @@ def train(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
     overrides: Overrides = None,
+    *,
+    stage: Annotated[int | None, typer.Option(hidden=True, help="Of a rank: the stage that it was started for.")] = None,
 ) -> None:
     """Train, or resume what the run directory holds. Starts the local ranks itself unless RANK and WORLD_SIZE are
     set.
     """
     invocation = resolve_invocation(recipe, overrides or [])
     env = read_environment()
-    wanted = invocation.recipe.train.steps
+    wanted, arguments = invocation.recipe.train.steps, ["train", str(recipe), *(overrides or [])]
     if env is not None:
-        train_rank(invocation, env, context.find_object(Heart) or Heart(begin=process_began(), writes=env.is_first))
+        heart = context.find_object(Heart) or Heart(begin=process_began(), writes=env.is_first)
+        train_rank(invocation, env, heart, stage)
+    elif invocation.recipe.stages:
+        raise typer.Exit(train_here(invocation, arguments))
     elif (done := check_store(invocation.recipe)) >= wanted:
         log.line(f"the run {invocation.recipe.run} is finished: {done} of {wanted} steps are done")
     else:
-        launch(invocation.recipe, ["train", str(recipe), *(overrides or [])])
+        launch(invocation.recipe, arguments)
 
 
 @app.command()
@@ -263,16 +270,20 @@ def launch(recipe: Recipe, arguments: list[str]) -> None:
     raise typer.Exit(run_local(arguments, world_size=shape.world_size))
 
 
-def train_rank(invocation: Resolved, env: Environment, heart: Heart) -> None:
+def train_rank(invocation: Resolved, env: Environment, heart: Heart, stage: int | None) -> None:
     """One rank's part. What can come before torch is imported, which takes seconds, comes before."""
     stop, run = StopFlag(), launched_run(Path(invocation.recipe.run), env)
     dump_on_signal(run, env.rank)
     if run is not None:
         heart.attach(run)
-    check_start(invocation.recipe, num_ranks=env.world_size, num_gpus=visible_gpus())
+    first, *others = stages_of_rank(invocation, env, stage)
     from framework.programs.train import train as run_train
 
-    verdict = run_train(invocation, env, heart, stop)
+    verdict = run_train(invocation, env, heart, stop, stage=first)
+    for index in others:
+        if verdict.outcome == "done":
+            heart = Heart(begin=time.time(), writes=env.is_first)
+            verdict = run_train(invocation, env, heart, stop, stage=index)
     if env.is_first and verdict.outcome == "stopped":
         saved = (
             "saved" if verdict.step > heart.state.resumed else "before another one, so that there is nothing to save"

@@ -41,7 +41,7 @@ class Heartbeat:
     `last`. seconds: phase -> seconds spent in it so far. saved: step of the newest checkpoint of this attempt, at
     saved_at; -1 before any. resumed: the step at which the attempt began. compute: each rank's own seconds for the same
     piece of work, when last measured; waited: each rank's seconds a step of waiting for data, since the measurement
-    before.
+    before. stage: of a run that has any.
     """
 
     attempt: int
@@ -59,6 +59,7 @@ class Heartbeat:
     seconds: dict[str, float] = field(default_factory=dict)
     compute: tuple[float, ...] = ()
     waited: tuple[float, ...] = ()
+    stage: str = ""
 
 
 def read_heartbeat(run: Run) -> Heartbeat | None:
@@ -103,9 +104,9 @@ class Heart:
         self._pass_to(phase)
         self._write()
 
-    def resumed(self, step: int, *, last: int) -> None:
+    def resumed(self, step: int, *, last: int, stage: str = "") -> None:
         """The attempt goes on from a step."""
-        self.state = replace(self.state, resumed=step, step=step, last=last)
+        self.state = replace(self.state, resumed=step, step=step, last=last, stage=stage)
 
     def step(self, step: int, *, seconds: float, tokens_per_second: float, loss: float | None) -> None:
         """A step is done, and the next one begins. Written once a second."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from framework.recipe import Recipe, flatten
 from framework.run import Run, RunFailure, run_identity, write_atomically
+from framework.stages.merge import Stage
 
 if TYPE_CHECKING:
     from torch.distributed import Work
@@ -104,9 +105,17 @@ class MetricsWriter:
     """Appends lines on rank 0; elsewhere it only waits for what must be waited for. loss: the newest that is known."""
 
     def __init__(
-        self, path: Path, *, start: int, writes: bool, tensorboard: bool, wandb: WandbRun | None = None
+        self,
+        path: Path,
+        *,
+        start: int,
+        writes: bool,
+        tensorboard: bool,
+        wandb: WandbRun | None = None,
+        stage: str = "",
     ) -> None:
-        self._path, self._writes = path, writes
+        """stage: that stands in every line, if there is one."""
+        self._path, self._writes, self._stage = path, writes, {"stage": stage} if stage else {}
         self._board: SummaryWriter | None = None
         self._wandb = wandb
         self.loss: float | None = None
@@ -144,7 +153,7 @@ class MetricsWriter:
         path = self._path / name
         try:
             with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line | self._stage) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
 
@@ -157,11 +166,18 @@ class MetricsWriter:
             self._wandb.scalars(values, step)
 
 
-def open_metrics(recipe: Recipe, run: Run, *, start: int, writes: bool) -> MetricsWriter:
+def open_metrics(recipe: Recipe, run: Run, *, start: int, writes: bool, stage: Stage | None = None) -> MetricsWriter:
     """Where the numbers of an attempt go. start: its first step."""
     config, project = recipe.log, recipe.log.wandb
     wandb = WandbRun(project, run.path, flatten(recipe)) if writes and project else None
-    return MetricsWriter(run.path, start=start, writes=writes, tensorboard=config.tensorboard, wandb=wandb)
+    return MetricsWriter(
+        run.path,
+        start=start,
+        writes=writes,
+        tensorboard=config.tensorboard,
+        wandb=wandb,
+        stage="" if stage is None else stage.name,
+    )
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -37,6 +37,7 @@ from framework.plan.config import HardwareConfig
 from framework.plan.parameters import check_patterns
 from framework.programs.config import WatchConfig
 from framework.shapes import TokenShape, divisors, latent_shape, token_shape
+from framework.stages.merge import check_stages
 from framework.text.config import TextConfig, text_width
 from framework.tokenizer.config import TokenizerConfig, tokenizer_channels, tokenizer_strides
 
@@ -165,7 +166,7 @@ class ResumeConfig:
 class Recipe:
     """Everything a run depends on. run: its directory. seed: where all randomness starts. init_from: weights to begin
     with: a run, a checkpoint, or a directory saved by diffusers (DIR:transformer_2 for a part of a pipeline); of a run
-    or checkpoint those that init_weights names.
+    or checkpoint those that init_weights names. stages: overrides, one after another (stages/merge.py).
     """
 
     run: str = ""
@@ -197,6 +198,7 @@ class Recipe:
     log: LogConfig = field(default_factory=LogConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
@@ -227,6 +229,9 @@ def build_recipe(tree: Tree) -> Recipe:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     recipe: Recipe = choose_alternatives(plain, "")
     check_recipe(recipe)
+    if recipe.stages:
+        steps = check_stages(recipe.stages, tree, flatten(recipe), build=lambda own: flatten(build_recipe(own)))
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=steps))
     return recipe
 
 
@@ -371,7 +376,15 @@ def check_kernel(recipe: Recipe, *, num_gpus: int) -> None:
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe with every key, as YAML that `load_recipe` reads back to the same recipe."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+    return OmegaConf.to_yaml(OmegaConf.create(to_tree(recipe)))
+
+
+def to_tree(recipe: Recipe) -> Tree:
+    """The recipe with every key that can stand in a file, as plain values."""
+    tree: Any = OmegaConf.to_container(OmegaConf.structured(recipe))
+    if recipe.stages:
+        del tree["train"]["steps"]
+    return dict(tree)
 
 
 def flatten(recipe: Recipe) -> dict[str, object]:

@@ -36,6 +36,7 @@ from framework.recipe import (
     resolve_auto,
     to_yaml,
 )
+from framework.stages.recipes import adopt_resolved, recipe_at
 from framework.storage.directory import Directory
 
 # Keys that neither change the data order nor the loss nor the model: free on resume. train.steps only upward.
@@ -80,11 +81,15 @@ class BadNumbers(RunFailure):
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an attempt ended. step: optimizer steps done and saved. signal: what stopped it, if something did."""
+    """How an attempt ended. step: optimizer steps done and saved. signal: what stopped it, if something did. stage:
+    that it was in, "" in a run without. follow: how many stages are left, where that one is done.
+    """
 
     outcome: Literal["done", "stopped"]
     step: int
     signal: int | None = None
+    stage: str = ""
+    follow: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,18 +158,24 @@ def lock_run(path: Path, *, refuse: bool = True) -> None:
     """
     attempts = path / "attempts"
     attempts.mkdir(parents=True, exist_ok=True)
-    lock = os.open(attempts / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock, here = (
+        os.open(attempts / "lock", os.O_RDWR | os.O_CREAT, 0o644),
+        f"process {os.getpid()} on {socket.gethostname()}",
+    )
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if not refuse:
             return
         holder = os.pread(lock, 100, 0).decode().strip()
+        if holder == here:  # in the stage before
+            os.close(lock)
+            return
         raise ValueError(f"the run {path} is in use by {holder}: wait for it or stop it first") from None
     except OSError:  # a file system without locks
         return
     os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    os.pwrite(lock, here.encode(), 0)
 
 
 def open_attempt(path: Path, number: int) -> bool:
@@ -221,11 +232,14 @@ def recipe_of_run(path: Path) -> Recipe:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The recipe an invocation means. notes: what a person should know of it (a differing recipe file, as a diff)."""
+    """The recipe an invocation means. notes: what a person should know of it (a differing recipe file, as a diff).
+    stored: the run's recipe with stages, against which checkpoint/stage.py checks it once it is known which have begun.
+    """
 
     recipe: Recipe
     overrides: tuple[str, ...]
     notes: tuple[str, ...]
+    stored: Recipe | None = None
 
 
 def resolve_invocation(recipe_path: Path, overrides: list[str]) -> Resolved:
@@ -245,10 +259,17 @@ def resolve_invocation(recipe_path: Path, overrides: list[str]) -> Resolved:
         return Resolved(fresh, tuple(overrides), ())
     stored = recipe_of_run(path)
     changed = build_recipe(apply_overrides(read_recipe_layers(path / "recipe.yaml"), overrides))
-    check_changes(stored, changed)
+    if bool(stored.stages) != bool(changed.stages):
+        raise ValueError(
+            f"the run {path} began {'with' if stored.stages else 'without'} stages: start another (run=DIR)"
+        )
+    if stored.stages:
+        changed = adopt_resolved(changed, stored)
+    else:
+        check_changes(stored, changed)
     started_with = json.loads((path / "lineage.json").read_text())["overrides"]
     notes = recipe_diff(stored, recipe_path, started_with)
-    return Resolved(changed, tuple(overrides), notes)
+    return Resolved(changed, tuple(overrides), notes, stored if stored.stages else None)
 
 
 def check_directory(path: Path) -> None:
@@ -271,7 +292,8 @@ def recipe_diff(stored: Recipe, recipe_path: Path, started_with: list[str]) -> t
     # What auto stands for may differ on this machine; the run goes on with what it stood for then.
     kernel = stored.attention.kernel if file.attention.kernel == "auto" else file.attention.kernel
     attention = dataclasses.replace(file.attention, kernel=kernel)
-    file = resolve_auto(dataclasses.replace(file, run=stored.run, attention=attention))
+    file = dataclasses.replace(file, run=stored.run, attention=attention)
+    file = adopt_resolved(file, stored) if stored.stages else resolve_auto(file)
     old, new = to_yaml(stored).splitlines(), to_yaml(file).splitlines()
     diff = list(
         difflib.unified_diff(old, new, "the run's stored recipe (used)", f"{recipe_path} (ignored)", n=0, lineterm="")
@@ -287,27 +309,33 @@ def without_degrees(recipe: Recipe) -> Recipe:
 
 def check_changes(stored: Recipe, changed: Recipe) -> None:
     """Refuse changes to an existing run that would not be the same run."""
+    check_same(stored, changed)
+    if changed.train.steps < stored.train.steps:
+        raise ValueError(f"train.steps={changed.train.steps} is below the run's {stored.train.steps}: it may only grow")
+
+
+def check_same(stored: Recipe, changed: Recipe, *, where: str = "") -> None:
+    """Raises ValueError for a key that isn't free. where: the stage, for a person."""
     old, new = flatten(without_degrees(stored)), flatten(without_degrees(changed))
     for key in sorted(old.keys() | new.keys()):
         bound = any(fnmatch.fnmatch(key, pattern) for pattern in BOUND)
         allowed = (*(() if bound else FREE), *changed.resume.allow)
         if old.get(key) != new.get(key) and not any(fnmatch.fnmatch(key, pattern) for pattern in allowed):
             raise ValueError(
-                f"{key}={new.get(key)} differs from {old.get(key)} in the run {stored.run}: it changes the data order, "
-                f"the loss or the model. Start another run (run=DIR), or say resume.allow=[{key}]"
+                f"{where}{key}={new.get(key)} differs from {old.get(key)} in the run {stored.run}: it changes the data "
+                f"order, the loss or the model. Start another run (run=DIR), or say resume.allow=[{key}]"
             )
-    if changed.train.steps < stored.train.steps:
-        raise ValueError(f"train.steps={changed.train.steps} is below the run's {stored.train.steps}: it may only grow")
 
 
-def store_recipe(run: Run, recipe: Recipe, overrides: tuple[str, ...], *, dp: int) -> None:
+def store_recipe(run: Run, recipe: Recipe, overrides: tuple[str, ...], *, dp: int, stage: int | None = None) -> None:
     """Write the resolved recipe into the run and into the attempt, and the lineage.
 
     `resume.allow` is a permission for one start, so it isn't stored. dp: what this attempt resolved `auto` to, which
-    the attempt's recipe says and the run's doesn't.
+    the attempt's recipe says and the run's doesn't. stage: of the attempt, whose own recipe it gets.
     """
     recipe = dataclasses.replace(recipe, resume=ResumeConfig())
-    resolved = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, dp=dp))
+    own = recipe_at(recipe, stage)
+    resolved = dataclasses.replace(own, mesh=dataclasses.replace(own.mesh, dp=dp))
     write_atomically(run.attempt_path / "recipe.yaml", to_yaml(resolved))
     write_atomically(run.path / "lineage.json", json.dumps(lineage(run.path, overrides), indent=1) + "\n")
     write_atomically(run.path / "recipe.yaml", to_yaml(recipe))

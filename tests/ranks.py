@@ -45,11 +45,13 @@ class Death:
     place: Literal["step", "write", "commit"] = "step"
 
 
-def train(env: Environment, recipe: Path, overrides: list[str], death: Death | None = None) -> Verdict:
+def train(
+    env: Environment, recipe: Path, overrides: list[str], death: Death | None = None, stage: int | None = None
+) -> Verdict:
     """`cuboid train` on this rank."""
     if death is not None:
         arrange(death)
-    return program.train(resolve_invocation(recipe, overrides), env)
+    return program.train(resolve_invocation(recipe, overrides), env, stage=stage)
 
 
 def arrange(death: Death) -> None:

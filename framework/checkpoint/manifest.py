@@ -40,6 +40,10 @@ class Progress:
     step: steps done, which with the recipe and what was left out is the data position too. updates: those whose update
     wasn't skipped, which is what Adam's bias correction counts. bad_steps: updates skipped in a row. skipped: windows
     of data that were left out. norms: of the last good updates' gradients, by which the next are judged.
+
+    stage: the one that goes on from here, so after the last one their number; 0 in a run without. stage_step,
+    stage_samples, stage_data: step, samples and data step at which it began. evaluations: of a stage that a plateau
+    ends, the best validation loss and then the last ones.
     """
 
     step: int = 0
@@ -49,6 +53,24 @@ class Progress:
     bad_steps: int = 0
     skipped: Windows = ()
     norms: tuple[float, ...] = ()
+    stage: int = 0
+    stage_step: int = 0
+    stage_samples: int = 0
+    stage_data: int = 0
+    evaluations: tuple[float, ...] = ()
+
+    def next_stage(self) -> "Progress":
+        """At the end of a stage: where the next one begins. Its batches and so its gradients are others."""
+        return dataclasses.replace(
+            self,
+            bad_steps=0,
+            norms=(),
+            stage=self.stage + 1,
+            stage_step=self.step,
+            stage_samples=self.samples,
+            stage_data=self.data_step,
+            evaluations=(),
+        )
 
     @property
     def data_step(self) -> int:
@@ -135,7 +157,8 @@ def decode_manifest(data: bytes, name: str) -> Manifest:
 def progress_of(fields: dict[str, Any]) -> Progress:
     """Progress from JSON; what an older release didn't write has its default."""
     skipped = tuple((int(at), int(length)) for at, length in fields.get("skipped", ()))
-    return Progress(**fields | {"skipped": skipped, "norms": tuple(fields.get("norms", ()))})
+    floats = {name: tuple(fields.get(name, ())) for name in ("norms", "evaluations")}
+    return Progress(**fields | {"skipped": skipped} | floats)
 
 
 @dataclass(frozen=True, order=True)

@@ -10,6 +10,7 @@ Samples are dealt in the order of the shards that they lie in, in runs: so a nod
 step after step, and not all of them.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -101,7 +102,9 @@ class Position:
 
 
 class Schedule:
-    """schedule[step] -> Work of the rank at `places`, one a bucket. micro_sizes: samples of a forward, likewise."""
+    """schedule[step] -> Work of the rank at `places`, one a bucket. micro_sizes: samples of a forward, likewise. first:
+    the data step at which a stage of the run begins; all but schedule[step] and Work count from there.
+    """
 
     def __init__(
         self,
@@ -112,8 +115,9 @@ class Schedule:
         batches: Batches,
         places: Sequence[Place],
         micro_sizes: Sequence[int],
+        first: int = 0,
     ) -> None:
-        self._config, self._streams = config, streams
+        self._config, self._streams, self._first = config, streams, first
         self.batches = batches
         self._places, self._micro_sizes = places, micro_sizes
         self._views = bucket_views(streams, config.buckets)
@@ -126,7 +130,7 @@ class Schedule:
         ]
 
     def __getitem__(self, step: int) -> Work:
-        by_bucket = self.draws(step)
+        by_bucket = self.draws(step - self._first)
         micro: list[MicroBatch] = []
         for draws in by_bucket:
             place, size = self._places[draws.bucket], self._micro_sizes[draws.bucket]
@@ -153,6 +157,16 @@ class Schedule:
             for stream, count in zip(self._used[bucket], taken, strict=True):
                 found.append(Position(bucket, stream, *divmod(count, self._views[bucket][stream].num_samples)))
         return found
+
+    def samples(self, step: int) -> int:
+        """Samples of all steps before one, over all ranks."""
+        numbers = self._buckets.before(step * self._config.rounds)
+        return sum(number * size for number, size in zip(numbers, self.batches.sizes, strict=True))
+
+    def steps_for(self, samples: int, step: int) -> int:
+        """How many steps from `step` on it takes to have so many samples: at least one."""
+        wanted = self.samples(step) + samples
+        return 1 + bisect_left(range(step + 1, step + samples), wanted, key=self.samples)
 
     def draws(self, step: int) -> list[Draws]:
         """Each bucket's samples of a step, for the buckets that have any."""

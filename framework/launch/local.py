@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from framework.environment import DUMP_SIGNAL, STOP_SIGNALS, rank_variables
 from framework.failure import first_failure
@@ -47,45 +48,64 @@ def free_port() -> int:
     raise OSError(f"none of 100 ports between {PORTS.start} and {PORTS.stop} is free")
 
 
+class Launcher:
+    """Starts ranks, one set after another. While it is entered, signals go on to those that run; received: those that
+    asked to stop.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Launcher":
+        self._previous = {number: signal.signal(number, self._forward) for number in STOP_SIGNALS}
+        self._previous[DUMP_SIGNAL] = signal.signal(DUMP_SIGNAL, self._dump)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def run(self, arguments: list[str], *, world_size: int) -> int:
+        """Run `cuboid ARGUMENTS` on `world_size` local ranks and wait. Returns the exit status."""
+        with tempfile.TemporaryDirectory(prefix="cuboid-") as name:
+            folder, port = Path(name), free_port()
+            self._ranks = ranks = []
+            try:
+                for rank in range(world_size):
+                    output = None if rank == 0 else (folder / f"rank-{rank}.log").open("wb")
+                    ranks.append(
+                        subprocess.Popen(
+                            [sys.executable, "-m", "framework.cli", *arguments],
+                            env=rank_variables(rank=rank, world_size=world_size, port=port, failures=folder),
+                            stdout=output,
+                            stderr=output,
+                            start_new_session=True,
+                            preexec_fn=die_with_parent,
+                        )
+                    )
+                failed = wait(ranks)
+            finally:
+                for process in ranks:
+                    process.kill()
+                    process.wait()
+            return 0 if failed is None else explain(folder, ranks[failed], failed, self.received)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        for process in self._ranks:
+            process.send_signal(number if len(self.received) == 1 else signal.SIGKILL)
+
+    def _dump(self, number: int, frame: FrameType | None) -> None:
+        for process in self._ranks:
+            process.send_signal(number)
+
+
 def run_local(arguments: list[str], *, world_size: int) -> int:
     """Run `cuboid ARGUMENTS` on `world_size` local ranks and wait. Returns the exit status."""
-    with tempfile.TemporaryDirectory(prefix="cuboid-") as name:
-        folder, port = Path(name), free_port()
-        ranks: list[subprocess.Popen[bytes]] = []
-        received: list[int] = []
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            received.append(number)
-            for process in ranks:
-                process.send_signal(number if len(received) == 1 else signal.SIGKILL)
-
-        def dump(number: int, frame: FrameType | None) -> None:
-            for process in ranks:
-                process.send_signal(number)
-
-        previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-        previous[DUMP_SIGNAL] = signal.signal(DUMP_SIGNAL, dump)
-        try:
-            for rank in range(world_size):
-                output = None if rank == 0 else (folder / f"rank-{rank}.log").open("wb")
-                ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "framework.cli", *arguments],
-                        env=rank_variables(rank=rank, world_size=world_size, port=port, failures=folder),
-                        stdout=output,
-                        stderr=output,
-                        start_new_session=True,
-                        preexec_fn=die_with_parent,
-                    )
-                )
-            failed = wait(ranks)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        return 0 if failed is None else explain(folder, ranks[failed], failed, received)
+    with Launcher() as launcher:
+        return launcher.run(arguments, world_size=world_size)
 
 
 def wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:

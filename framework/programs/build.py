@@ -128,17 +128,22 @@ def bucket_meshes(recipe: Recipe, mesh: Mesh) -> list[Mesh]:
     return [mesh.split(ring, ulysses) for ring, ulysses in bucket_splits(recipe)]
 
 
-def build_schedule(recipe: Recipe, streams: list[Stream], meshes: list[Mesh]) -> Schedule:
-    """What this rank does in each step. meshes: of each bucket."""
+def build_schedule(
+    recipe: Recipe, streams: list[Stream], meshes: list[Mesh], *, stage: int = 0, first: int = 0
+) -> Schedule:
+    """What this rank does in each step. meshes: of each bucket. stage, first: of a run, and the data step at which it
+    begins an order of its own.
+    """
     text = text_length(recipe.text)  # which every rank of a replica has whole
     tokens = [bucket_tokens(recipe, index).num_tokens / mesh.cp.size + text for index, mesh in enumerate(meshes)]
     return Schedule(
         recipe.data,
         streams,
-        seed=recipe.seed,
+        seed=key(recipe.seed, "stage", step=stage) if stage else recipe.seed,
         batches=plan_batches(recipe),
         places=[Place(mesh.dp.index, mesh.dp.size) for mesh in meshes],
         micro_sizes=micro_sizes(recipe.data.micro_batch, tokens),
+        first=first,
     )
 
 
@@ -166,19 +171,26 @@ def agree_on_recipe(recipe: Recipe, world: Group, *, apart: tuple[str, ...]) -> 
 
 
 def open_run(
-    recipe: Recipe, overrides: tuple[str, ...], mesh: Mesh, storage: Storage, *, claimed: int | None
+    recipe: Recipe,
+    overrides: tuple[str, ...],
+    mesh: Mesh,
+    storage: Storage,
+    *,
+    claimed: int | None,
+    stage: int | None = None,
 ) -> tuple[Run, Fence]:
     """Rank 0 takes the attempt that the launcher has claimed, or claims one, and stores the recipe before any weight
     exists. Where it claims, the others write to logs from now on; a launcher that claims has logs of its own.
 
-    storage: of the checkpoints, whose fence gives the attempt's number. Raises ValueError when another process of this
-    machine holds the run, or nothing can be written; RunFailure when it can't be written any more.
+    storage: of the checkpoints, whose fence gives the attempt's number. stage: of the attempt. Raises ValueError
+    when another process of this machine holds the run, or nothing can be written; RunFailure when it can't be written
+    any more.
     """
     path, told = Path(recipe.run), Claim()
     if mesh.rank == 0:
         try:
             told = Claim(attempt=take_attempt(path, storage, claimed).attempt)
-            store_recipe(Run(path, told.attempt), recipe, overrides, dp=mesh.shape.dp)
+            store_recipe(Run(path, told.attempt), recipe, overrides, dp=mesh.shape.dp, stage=stage)
         except (ValueError, OSError) as error:
             # A launcher that has claimed has tried the store: what it refuses now isn't the user's mistake.
             told = Claim(refusal=str(error), mistake=claimed is None or isinstance(error, ValueError))

@@ -46,7 +46,6 @@ def count_step(recipe: Recipe, mesh: Mesh) -> Counted:
         streams=streams_of(recipe),
         ema=Ema(engine.fragments(), recipe.ema),
         encoders=encoders,
-        start=0,
     )
     for _ in range(WARMUP):
         optimizer_step(parts, parts.loader.next_work())

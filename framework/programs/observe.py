@@ -47,8 +47,9 @@ class Observer:
         """Whether something happens after this step."""
         return self._validates(step) or self._samples(step)
 
-    def observe(self, step: int, metrics: MetricsWriter, report: ProgressReport) -> None:
-        """Do what is due. A collective over all ranks."""
+    def observe(self, step: int, metrics: MetricsWriter, report: ProgressReport) -> float | None:
+        """Do what is due; the validation loss of the live weights, if that was. A collective over all ranks."""
+        raw: float | None = None
         if self._validates(step):
             raw = self._validate("raw", step, metrics)
             with self._ema.in_place_of_weights(self._engine):
@@ -57,6 +58,7 @@ class Observer:
         if self._samples(step):
             self._sample(step)
             report.say(f"samples after step {step}: {self._run.samples}/step-{step:08}-*.mp4")
+        return raw
 
     def _validates(self, step: int) -> bool:
         every = self._recipe.validation.every

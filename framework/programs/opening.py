@@ -23,6 +23,7 @@ from framework.programs import build
 from framework.programs.guard import Ended
 from framework.recipe import Recipe
 from framework.run import Run, RunFailure, recipe_hash, versions
+from framework.stages.merge import Stage
 from framework.storage.storage import Storage
 
 WEIGHTS = ("model", "ema")
@@ -30,7 +31,9 @@ WEIGHTS = ("model", "ema")
 
 @dataclass(frozen=True)
 class Opened:
-    """What an attempt has, wherever it goes on. data: identity of the streams. notes: what a person should know."""
+    """What an attempt has, wherever it goes on. data: identity of the streams. notes: what a person should know.
+    stage: whose the recipe is, None in a run without.
+    """
 
     recipe: Recipe
     mesh: Mesh
@@ -45,6 +48,7 @@ class Opened:
     encoders: build.Encoders
     data: str
     notes: tuple[str, ...]
+    stage: Stage | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,10 @@ def load(opened: Opened, before: Ended | None) -> Loaded:
         opened.ema.restart()
     else:
         notes += resumed.notes
-        build.check_same_data(recipe, resumed.found.manifest.origin.data, opened.data)
     stored = Progress() if resumed is None else resumed.found.manifest.progress
+    check_stage(opened.stage, stored)
+    if resumed is not None and not (opened.stage is not None and stored.step == stored.stage_step):
+        build.check_same_data(recipe, resumed.found.manifest.origin.data, opened.data)
     if before is None:
         windows = stored_windows(opened.storage, mesh.control)
         windows = stored.skipped if windows is None else windows
@@ -85,11 +91,22 @@ def load(opened: Opened, before: Ended | None) -> Loaded:
             f"of the steps {first} to {first + length - 1} (from 0) are left out"
         )
     progress = went_on(stored, windows)
-    if progress.step >= recipe.train.steps:
+    if opened.stage is not None and progress.stage > opened.stage.index:
+        notes.append(f"{opened.stage} of the run {recipe.run} is done, at step {progress.stage_step}")
+    elif opened.stage is None and progress.step >= recipe.train.steps:
         notes.append(f"the run {recipe.run} is finished: {progress.step} of {recipe.train.steps} steps are done")
     opened.engine.refresh(updates=progress.updates)
     build.begin(opened.fence, progress.step, mesh.control, skipped=windows)
     return Loaded(progress, resumed, tuple(notes))
+
+
+def check_stage(stage: Stage | None, stored: Progress) -> None:
+    """Raises RunFailure where the checkpoint isn't of the stage that these ranks were started for."""
+    if stage is not None and stored.stage < stage.index:
+        raise RunFailure(
+            f"{stage} was to go on, but the newest whole checkpoint, of step {stored.step}, is of "
+            f"stages[{stored.stage}]: the run is there; start it again without a checkpoint that is damaged"
+        )
 
 
 def went_on(stored: Progress, windows: Windows) -> Progress:

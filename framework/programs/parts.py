@@ -1,20 +1,24 @@
 """What a step works with: data, objective, engine and order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from torch import Tensor
+
 from framework.batch import Batch, Noised, Score, Tokens
+from framework.checkpoint.manifest import Progress
 from framework.data.buckets import Stream
 from framework.data.loader import Loader
 from framework.data.schedule import Schedule, Work
-from framework.data.windows import Windows
 from framework.ema import Ema
 from framework.parallel.mesh import Mesh
 from framework.parallel.zero.engine import Engine
 from framework.programs import build
+from framework.programs.stage import last_step
 from framework.recipe import Recipe, bucket_tokens
 from framework.shapes import LatentShape
+from framework.stages.merge import Stage
 
 
 class Objective(Protocol):
@@ -30,7 +34,7 @@ class Objective(Protocol):
 @dataclass(frozen=True)
 class Parts:
     """What the loop works with. meshes: as each bucket sees the mesh. expected: samples of each bucket in a step, on
-    average.
+    average. began: the step at which the stage did, from which the learning rate counts.
     """
 
     recipe: Recipe
@@ -44,6 +48,7 @@ class Parts:
     latents: list[LatentShape]
     num_tokens: list[int]
     expected: tuple[float, ...]
+    began: int = 0
 
     def global_count(self, work: Work) -> float:
         """What the gradient of the step's sum of losses is divided by: a pure function of the schedule."""
@@ -66,12 +71,17 @@ def build_parts(
     streams: list[Stream],
     ema: Ema,
     encoders: build.Encoders,
-    start: int,
-    skipped: Windows = (),
+    progress: Progress | None = None,
+    stage: Stage | None = None,
 ) -> Parts:
-    """Data, objective and order for the loop from step `start`, without the data in `skipped`."""
+    """Data, objective and order for the loop, from where it is. stage: of a run that has any. The recipe of the parts
+    has the run's step after which it ends as train.steps.
+    """
+    progress = progress or Progress()
     meshes = build.bucket_meshes(recipe, mesh)
-    schedule = build.build_schedule(recipe, streams, meshes)
+    schedule = build.build_schedule(recipe, streams, meshes, stage=progress.stage, first=progress.stage_data)
+    last = last_step(recipe, stage, progress, schedule)
+    recipe = replace(recipe, train=replace(recipe.train, steps=last))
     reads = any(each.replica.index == 0 for each in meshes)
     workers = recipe.data.workers if reads else 0
     builder = build.build_builder(recipe, streams, encoders, dropout=recipe.text.dropout, workers=workers)
@@ -83,8 +93,11 @@ def build_parts(
         ema=ema,
         flow=build.build_flow(recipe),
         schedule=schedule,
-        loader=build.build_loader(recipe, streams, builder, schedule, meshes=meshes, start=start, skipped=skipped),
+        loader=build.build_loader(
+            recipe, streams, builder, schedule, meshes=meshes, start=progress.step, skipped=progress.skipped
+        ),
         latents=[builder.latent_shape(index) for index in range(len(recipe.data.buckets))],
         num_tokens=[bucket_tokens(recipe, index).num_tokens for index in range(len(recipe.data.buckets))],
         expected=schedule.batches.expected(recipe.data.rounds),
+        began=progress.stage_step,
     )

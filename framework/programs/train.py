@@ -19,13 +19,13 @@ from framework.data.schedule import Work
 from framework.ema import Ema
 from framework.environment import Environment, StopFlag
 from framework.heartbeat import Heart, process_began
-from framework.log import ProgressReport
+from framework.log import ProgressReport, line
 from framework.metrics import MetricsWriter, StepRecord, open_metrics
 from framework.models.patchify import patchify
 from framework.optim import learning_rate
 from framework.parallel.collectives import all_reduce_sum, barrier
 from framework.parallel.context_parallel.tokens import split_tokens
-from framework.parallel.mesh import Mesh, set_patience
+from framework.parallel.mesh import Mesh, close_mesh, set_patience
 from framework.parallel.zero.engine import StepStats
 from framework.plan.parameters import elements_of, parameter_shapes
 from framework.plan.zero_traffic import engine_traffic
@@ -34,22 +34,34 @@ from framework.programs.guard import Ended, ReplicaCheck, check_rollbacks, norm_
 from framework.programs.observe import Observer
 from framework.programs.opening import Opened, build_subject, load
 from framework.programs.parts import Parts, build_parts
+from framework.programs.stage import StageEnd
 from framework.programs.watch import Watch, agreed_signal
-from framework.recipe import resolve_auto
 from framework.run import Resolved, Run, RunFailure, Verdict
 from framework.stacks import dump_on_signal
+from framework.stages.merge import Stage
+from framework.stages.recipes import recipe_at, resolve_run, stages_of
 
 
-def train(invocation: Resolved, env: Environment, heart: Heart | None = None, stop: StopFlag | None = None) -> Verdict:
-    """Train until train.steps, or until a signal asks to stop. heart, stop: of the process, where it has them."""
+def train(
+    invocation: Resolved,
+    env: Environment,
+    heart: Heart | None = None,
+    stop: StopFlag | None = None,
+    *,
+    stage: int | None = None,
+) -> Verdict:
+    """Train until train.steps, or to the end of a stage, or until a signal asks to stop. heart, stop: of the process,
+    where it has them. stage: of a recipe with stages, the one that goes on.
+    """
     stop = stop or StopFlag()
     heart = heart or Heart(begin=process_began(), writes=env.is_first)
     heart.enter("init")
-    recipe = build.settle(invocation.recipe, env)
+    resolved = resolve_run(invocation.recipe, stage)
+    stages = stages_of(resolved)
+    recipe = build.settle(recipe_at(resolved, stage), env)
     mesh = build.open_mesh(recipe, env)
     storage = store_of(recipe)
-    resolved, claimed = resolve_auto(invocation.recipe), env.attempt
-    run, fence = build.open_run(resolved, invocation.overrides, mesh, storage, claimed=claimed)
+    run, fence = build.open_run(resolved, invocation.overrides, mesh, storage, claimed=env.attempt, stage=stage)
     heart.attach(run)
     dump_on_signal(run, mesh.rank)
     heart.enter("build")
@@ -71,6 +83,7 @@ def train(invocation: Resolved, env: Environment, heart: Heart | None = None, st
         encoders=build.Encoders(recipe, build.this_device()),
         data=build.agree_on_data(recipe, streams, mesh.control),
         notes=invocation.notes,
+        stage=None if stage is None else stages[stage],
     )
     build.describe_data(recipe, streams, mesh, run)
     ended = go_on(opened, None, heart=heart, stop=stop)
@@ -79,9 +92,14 @@ def train(invocation: Resolved, env: Environment, heart: Heart | None = None, st
         ended = go_on(opened, ended, heart=heart, stop=stop)
     progress, stopped = ended.progress, ended.signal
     verdict = Verdict("stopped" if stopped else "done", progress.step, stopped)
+    if opened.stage is not None:
+        verdict = replace(verdict, stage=opened.stage.name, follow=0 if stopped else len(stages) - progress.stage)
     if mesh.rank == 0:
         run.write_verdict(verdict)
     barrier(mesh.control)
+    if verdict.follow and stopped is None:  # the next one may follow in this process
+        engine.destroy()
+        close_mesh(mesh)
     return verdict
 
 
@@ -89,12 +107,15 @@ def go_on(opened: Opened, before: Ended | None, *, heart: Heart, stop: StopFlag)
     """Train on from the newest checkpoint, or from the initial weights. before: how the steps ended that are gone back
     from.
     """
-    recipe, mesh, run = opened.recipe, opened.mesh, opened.run
+    recipe, mesh, run, stage = opened.recipe, opened.mesh, opened.run, opened.stage
     heart.enter("load")
     set_patience(recipe.watch.start)
     loaded = load(opened, before)
     progress = loaded.progress
-    heart.resumed(progress.step, last=recipe.train.steps)
+    if stage is not None and progress.stage > stage.index:
+        for text in loaded.notes if mesh.rank == 0 else ():
+            line(text)
+        return Ended(progress, None, progress.step)
     subject = build_subject(opened, loaded.resumed)
     saver = Saver(
         opened.storage, recipe.checkpoint, mesh, fence=opened.fence, subject=subject, fragments=opened.fragments
@@ -107,16 +128,18 @@ def go_on(opened: Opened, before: Ended | None, *, heart: Heart, stop: StopFlag)
         streams=streams,
         ema=ema,
         encoders=encoders,
-        start=progress.step,
-        skipped=progress.skipped,
+        progress=progress,
+        stage=stage,
     )
+    recipe = parts.recipe
+    heart.resumed(progress.step, last=recipe.train.steps, stage="" if stage is None else stage.name)
     flow = build.build_flow(recipe)
     observer = Observer(recipe, mesh, run, flow=flow, engine=engine, ema=ema, encoders=encoders, streams=streams)
     replicas = ReplicaCheck(engine.fragments(), mesh, every=recipe.guard.hash_every)
     report = ProgressReport(first=progress.step, last=recipe.train.steps, every=recipe.log.every, silent=mesh.rank != 0)
-    for text in (*loaded.notes, *(start_lines(parts, progress, run) if before is None else ())):
+    for text in (*loaded.notes, *(start_lines(parts, progress, run, stage) if before is None else ())):
         report.say(text)
-    metrics = open_metrics(recipe, run, start=progress.step, writes=mesh.rank == 0)
+    metrics = open_metrics(recipe, run, start=progress.step, writes=mesh.rank == 0, stage=stage)
     watch = Watch(heart, recipe.watch, mesh, saver, build.this_device())
     heart.enter("first_step")
     try:
@@ -124,6 +147,7 @@ def go_on(opened: Opened, before: Ended | None, *, heart: Heart, stop: StopFlag)
             parts,
             progress,
             saver,
+            end=StageEnd(stage, mesh.control),
             observer=observer,
             replicas=replicas,
             metrics=metrics,
@@ -147,6 +171,7 @@ def loop(
     progress: Progress,
     saver: Saver,
     *,
+    end: StageEnd,
     observer: Observer,
     replicas: ReplicaCheck,
     metrics: MetricsWriter,
@@ -157,9 +182,10 @@ def loop(
     """The steps."""
     recipe, last, saved = parts.recipe, parts.recipe.train.steps, progress.step
     pending: StepRecord | None = None
-    stopped = agreed_signal(stop, parts.mesh) if progress.step < last else None  # at once: there is nothing to save
+    ended = progress.step >= last
+    stopped = None if ended else agreed_signal(stop, parts.mesh)  # at once: there is nothing to save
     gc.disable()
-    while progress.step < last and stopped is None:
+    while not ended and stopped is None:
         # Whether anybody was asked to stop, or can't save, is agreed on while the step runs, so before the next one;
         # with it, how many samples of the steps before couldn't be had.
         asked = torch.tensor([stop.signal or 0, saver.failed, parts.loader.lost])
@@ -191,10 +217,11 @@ def loop(
         if failed:
             saver.wait()
             raise RunFailure("another rank couldn't save")
-        stopped = (stop.signal or signal.SIGTERM) if signalled and progress.step < last else None
+        ended = progress.step == last
+        stopped = (stop.signal or signal.SIGTERM) if signalled and not ended else None
         # One that falls due among bad updates waits for a good one: nothing is new before.
         due = progress.step // recipe.checkpoint.every > saved // recipe.checkpoint.every and not progress.bad_steps
-        saves = due or progress.step == last or stopped is not None
+        saves = due or ended or stopped is not None
         fails = progress.bad_steps >= recipe.train.max_bad_steps
         if saves or fails or observer.is_due(progress.step) or replicas.is_due(progress.step):
             publish(metrics, report, pending)
@@ -206,8 +233,11 @@ def loop(
             return Ended(progress, None, saved, bad=True)
         if observer.is_due(progress.step):
             with watch.during("observe"):
-                observer.observe(progress.step, metrics, report)
-        if saves:
+                progress = end.validated(progress, observer.observe(progress.step, metrics, report))
+            ended = end.is_reached(progress, last)
+        if ended:
+            progress, stopped = end.hand_over(progress), None
+        if saves or ended:
             with watch.during("save"):
                 saver.save(progress)
             saved = progress.step
@@ -229,7 +259,7 @@ def optimizer_step(
     """
     step = work.step if step is None else step
     losses = accumulate(parts, work)
-    stats = parts.engine.step(lr=learning_rate(parts.recipe.optimizer, step=step), limit=limit)
+    stats = parts.engine.step(lr=learning_rate(parts.recipe.optimizer, step=step - parts.began), limit=limit)
     loss_sum = torch.stack([loss for loss, _ in losses]).sum()
     if stats.skipped:
         return loss_sum, stats, suspects_of(losses, parts.mesh)
@@ -269,7 +299,7 @@ def record_of(
         work=all_reduce_sum(loss_sum, parts.mesh.world, "loss"),
         count=parts.own_count(work),
         grad_norm=stats.grad_norm,
-        lr=learning_rate(parts.recipe.optimizer, step=step - 1),
+        lr=learning_rate(parts.recipe.optimizer, step=step - 1 - parts.began),
         tokens=step_tokens(work, parts.num_tokens),
         samples=work.num_samples,
         seconds=seconds,
@@ -323,7 +353,7 @@ def publish(metrics: MetricsWriter, report: ProgressReport, record: StepRecord) 
         report.say(f"step {record.step}: gradient norm {why}, update skipped; samples {', '.join(record.uids)}")
 
 
-def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
+def start_lines(parts: Parts, progress: Progress, run: Run, stage: Stage | None) -> list[str]:
     """What a start prints."""
     recipe, shape = parts.recipe, parts.mesh.shape
     sizes = parts.schedule.batches.sizes
@@ -334,6 +364,7 @@ def start_lines(parts: Parts, progress: Progress, run: Run) -> list[str]:
     num_micro = parts.schedule[progress.data_step].num_micro
     zero = engine_traffic(recipe, shape, parts.mesh.rank, num_micro)
     where = f"resumes after step {progress.step}" if progress.step else "starts"
+    where += "" if stage is None else f", {stage}: {stage.exit}"
     parameters = parameter_shapes(recipe.model, lora=recipe.lora, trainable=recipe.train.trainable)
     total, trained = elements_of(parameters), elements_of([p for p in parameters if p.trained])
     partial = [f"trains {trained:,} of {total:,} parameters ({trained / total:.2%})"] if trained < total else []

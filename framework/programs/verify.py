@@ -90,7 +90,7 @@ def observe(recipe: Recipe, env: Environment, *, steps: int) -> Observation | No
     needed = replace(recipe, train=replace(recipe.train, steps=max(1, steps)))
     ema = Ema([], recipe.ema)
     streams = streams_of(recipe)
-    parts = build_parts(needed, mesh, engine, streams=streams, ema=ema, encoders=build.Encoders(recipe), start=0)
+    parts = build_parts(needed, mesh, engine, streams=streams, ema=ema, encoders=build.Encoders(recipe))
     flow = RecordingFlow(parts.flow)
     parts = replace(parts, flow=flow)
     losses: list[float] = []

@@ -14,8 +14,9 @@ from syntax import MODULES, REPOSITORY, ROOT, TREES, chain, functions, imported
 ROWS: Final = (
     ("shapes", "keys", "fingerprint"),  # nouns of integers, which configs name in their signatures; hashes of files
     ("*.config", "layers", "environment", "storage", "log"),
-    ("plan.parameters",),  # which a recipe's patterns name
+    ("plan.parameters", "stages.merge"),  # which a recipe's patterns name, and its stages
     ("recipe", "parallel.mesh", "parallel.fragments", "kernels", "history"),
+    ("stages",),
     (
         "run",
         "batch",
@@ -82,10 +83,10 @@ def test_every_file_has_an_entry() -> None:
 
 def test_entries_are_found_by_the_longest_match() -> None:
     assert entry_of("parallel.zero.config") == (1, "*.config")
-    assert entry_of("parallel.zero.deepspeed") == (6, "parallel.zero")
+    assert entry_of("parallel.zero.deepspeed") == (7, "parallel.zero")
     assert entry_of("parallel.mesh") == (3, "parallel.mesh")
-    assert entry_of("data.shards") == (5, "data")
-    assert entry_of("cli") == (10, "cli")
+    assert entry_of("data.shards") == (6, "data")
+    assert entry_of("cli") == (11, "cli")
     assert entry_of("parallel.helpers") is None
     assert entry_of("runner") is None
 

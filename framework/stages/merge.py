@@ -1,0 +1,157 @@
+"""Stages of one run: overrides, each laid over the recipe.
+
+    stages:
+      - {name: images, exit: {steps: 20000}, data: {buckets: [...]}, mesh: {dp: 8}}
+      - {name: long, exit: {plateau: {evaluations: 5, min_improvement: 0.002}, steps: 90000}}
+
+The recipe of a stage is the recipe without `stages`, the stage's own keys over it: a stage can be read without those
+before it. Outside of training (sample, plan, encode, ...) the recipe without its stages counts.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Final, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from framework.layers import Tree, merge_typed, overlay
+from framework.stages.config import ExitConfig
+
+R = TypeVar("R")
+Leaves = Mapping[str, Any]
+NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+# What a stage may change. All else is one for the run: what has weights, what seeds, where things lie.
+OPEN: Final = (
+    "mesh.*",
+    "zero.*",
+    "execution.*",
+    "attention.*",
+    "rope.*",
+    "data.*",
+    "flow.*",
+    "loss.*",
+    "optimizer.*",
+    "ema.decay",
+    "text.dropout",
+    "guard.*",
+    "checkpoint.*",
+    "validation.*",
+    "sampler.*",
+    "samples.*",
+    "log.every",
+    "watch.*",
+    "train.steps",
+    "train.collect_garbage_every",
+    "train.max_bad_steps",
+)
+CLOSED: Final = ("checkpoint.store", "optimizer.name")  # though the above match them
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One entry of `stages`. overrides: its recipe keys."""
+
+    index: int
+    name: str
+    exit: ExitConfig
+    overrides: Tree
+
+    def __str__(self) -> str:
+        return f"stages[{self.index}] ({self.name})"
+
+
+def read_stages(entries: list[Tree]) -> list[Stage]:
+    """The stages of a recipe. Raises ValueError for a name or an exit that can't be."""
+    stages = [read_stage(entry, index) for index, entry in enumerate(entries)]
+    names = [stage.name for stage in stages]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"stages: the name {', '.join(twice)} stands twice: give each stage its own")
+    return stages
+
+
+def read_stage(entry: Tree, index: int) -> Stage:
+    """One stage, its own keys not yet looked at."""
+    name = entry.get("name")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(
+            f"stages[{index}].name={name} must be a short word of lower-case letters, digits, - and _: images"
+        )
+    here, leaving = f"stages[{index}] ({name})", entry.get("exit")
+    if not isinstance(leaving, dict):
+        raise ValueError(f"{here} has no exit: add exit: {{steps: N}}, {{samples: N}} or {{plateau: ..., steps: N}}")
+    try:
+        found: ExitConfig = OmegaConf.to_object(merge_typed(ExitConfig, leaving, f"{here}: exit"))  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{here}: exit.{error.full_key}: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(here) else f"{here}: exit: {error}") from None
+    overrides = {key: value for key, value in entry.items() if key not in ("name", "exit")}
+    for key in ("stages", "base", "run"):
+        if key in overrides:
+            raise ValueError(f"{here}: {key} can't stand in a stage: it is one for the run")
+    if "steps" in (overrides.get("train") or {}):
+        raise ValueError(f"{here}: train.steps can't stand in a stage: its exit says how long it is")
+    return Stage(index, name, found, overrides)
+
+
+def stage_tree(plain: Tree, stage: Stage) -> Tree:
+    """The tree of a stage. plain: of the recipe, which stays as it is."""
+    tree = copy.deepcopy({key: value for key, value in plain.items() if key != "stages"})
+    overlay(tree, copy.deepcopy(stage.overrides), top=True)
+    most = stage.exit.steps
+    if most is None:
+        assert stage.exit.samples is not None
+        most = math.ceil(stage.exit.samples / (tree.get("data") or {}).get("global_batch", 8))
+    train = tree.get("train") or {}
+    tree["train"] = train | {"steps": max(1, most)}
+    return tree
+
+
+def build_stage(plain: Tree, stage: Stage, build: Callable[[Tree], R]) -> R:
+    """The checked recipe of a stage; its train.steps are the stage's own. Raises ValueError with the stage."""
+    try:
+        return build(stage_tree(plain, stage))
+    except ValueError as error:
+        raise ValueError(f"{stage}: {str(error).removeprefix('the recipe: ')}") from None
+
+
+def check_kept(leaves: Leaves, stage: Stage, own: Leaves) -> None:
+    """Raises ValueError where a stage changes what is one for the run. leaves, own: the keys of the recipe and of the
+    stage's.
+    """
+    for key in sorted(leaves.keys() | own.keys()):
+        if key == "stages" or leaves.get(key) == own.get(key):
+            continue
+        if key in CLOSED or not any(fnmatchcase(key, pattern) for pattern in OPEN):
+            raise ValueError(
+                f"{stage}: {key}={own.get(key)} differs from the recipe's {leaves.get(key)}: a stage goes on with the "
+                "weights and moments of the one before, so this is one for the run"
+            )
+        if key == "ema.decay" and not (leaves[key] and own[key]):
+            raise ValueError(
+                f"{stage}: ema.decay={own[key]} against the recipe's {leaves[key]}: an average is kept in every stage "
+                "or in none"
+            )
+
+
+def check_stages(entries: list[Tree], tree: Tree, leaves: Leaves, *, build: Callable[[Tree], Leaves]) -> int:
+    """Check every stage's own recipe; the most steps that all may take. leaves: the keys of the recipe. build: the
+    keys of a tree's recipe. Raises ValueError with the stage.
+    """
+    if "steps" in (tree.get("train") or {}):
+        raise ValueError("train.steps can't stand beside stages, each of which has an exit of its own: leave it out")
+    total = 0
+    for stage in read_stages(entries):
+        own = build_stage(tree, stage, build)
+        check_kept(leaves, stage, own)
+        if stage.exit.plateau is not None and not own["validation.every"]:
+            raise ValueError(
+                f"{stage}: exit: a plateau is one of the validation loss: set validation.every and validation.shards"
+            )
+        total += own["train.steps"]
+    return total
