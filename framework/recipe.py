@@ -30,7 +30,7 @@ from framework.kernels.config import (
 )
 from framework.launch.config import ClusterConfig
 from framework.layers import Tree, apply_overrides, foreign_keys, merge_typed, read_layers
-from framework.models.config import ExecutionConfig, LoraConfig, ModelConfig
+from framework.models.config import ExecutionConfig, LoraConfig, ModelConfig, check_execution
 from framework.parallel.config import MeshConfig
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig, check_engine
 from framework.plan.parameters import check_patterns
@@ -276,6 +276,7 @@ def check_recipe(recipe: Recipe) -> None:
             f"set model.text_dim={width}"
         )
     check_engine(recipe.zero, recipe.precision)
+    check_execution(recipe.execution, model, zero=recipe.zero, precision=recipe.precision)
     check_patterns(model, recipe.lora, recipe.train.trainable)
     check_degrees(recipe)
 
