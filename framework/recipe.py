@@ -30,7 +30,14 @@ from framework.kernels.config import (
 )
 from framework.launch.config import ClusterConfig
 from framework.layers import Tree, apply_overrides, foreign_keys, merge_typed, read_layers
-from framework.models.config import ExecutionConfig, LoraConfig, ModelConfig, RopeConfig, check_rope
+from framework.models.config import (
+    ExecutionConfig,
+    LoraConfig,
+    ModelConfig,
+    RopeConfig,
+    check_execution,
+    check_rope,
+)
 from framework.parallel.config import MeshConfig
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig, check_engine
 from framework.plan.config import HardwareConfig
@@ -285,6 +292,7 @@ def check_recipe(recipe: Recipe) -> None:
         )
     check_engine(recipe.zero, recipe.precision)
     check_rope(recipe.rope, model)
+    check_execution(recipe.execution, model, zero=recipe.zero, precision=recipe.precision)
     check_patterns(model, recipe.lora, recipe.train.trainable)
     check_degrees(recipe)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Final, Literal
 
+from framework.parallel.zero.config import PrecisionConfig, ZeroConfig
+
 # Names of the adapters' matrices below their linear's, PEFT's.
 LORA_A: Final = "lora_A"
 LORA_B: Final = "lora_B"
@@ -172,6 +174,36 @@ class ExecutionConfig:
             return False
         chosen = num_layers if self.recompute_blocks is None else self.recompute_blocks
         return (index + 1) * chosen // num_layers > index * chosen // num_layers
+
+
+def check_execution(
+    execution: ExecutionConfig, model: ModelConfig, *, zero: ZeroConfig, precision: PrecisionConfig
+) -> None:
+    """Raises ValueError where model or engine can't do what `execution` says."""
+    if (execution.recompute_blocks or 0) > model.num_layers:
+        raise ValueError(
+            f"execution.recompute_blocks={execution.recompute_blocks} of {model.num_layers} blocks: set at most "
+            f"{model.num_layers}, or null for all"
+        )
+    held = 2 * model.width * model.ffn_dim
+    blocks = [f"blocks.{index}." for index in range(model.num_layers)]
+    for key, size, units, linears in (
+        ("chunk_tokens", execution.chunk_tokens, blocks, ("ffn.net.0.proj", "ffn.net.2")),
+        ("loss_chunk_tokens", execution.loss_chunk_tokens, [""], ("proj_out",)),
+    ):
+        if size and zero.engine == "deepspeed" and zero.stage == 3 and zero.reuse_distance < held:
+            raise ValueError(
+                f"execution.{key}={size} with zero.reuse_distance={zero.reuse_distance}: DeepSpeed's stage 3 would "
+                f"gather weights anew for every chunk; set zero.reuse_distance to at least {held}"
+            )
+        names = [(unit, f"{unit}{linear}.{end}") for unit in units for linear in linears for end in ("weight", "bias")]
+        for unit, name in names if size else ():
+            row, around = precision.of(name), precision.of(f"{unit}scale_shift_table")
+            if row != around or row.compute != precision.default.compute:
+                raise ValueError(
+                    f"execution.{key}={size} with a row of its own for {name} in precision.table: what runs by chunks "
+                    f"has the row of what is around it; drop the rule, or set execution.{key}=0"
+                )
 
 
 @dataclass(frozen=True)

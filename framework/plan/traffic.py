@@ -12,7 +12,9 @@ computes in, p of norms and modulation (at least 4). Forward and backward of a b
     ulysses   (u-1)/u (4 B n s H d + 4 B u n s h d) b     in 4 collectives
     ring      (r-1) 6 B u n s h d b                       keys and values twice, their gradients once
 
-`recompute=all` repeats the forward's, `keep_attention` those of tp alone. Where weights are frozen, what no backward
+`recompute=all` repeats the forward's, `keep_attention` those of tp alone, both in `recompute_blocks` blocks. With
+`chunk_tokens` each chunk of the feed-forward has collectives of its own: as many bytes of tokens, in more calls, and
+the sums for its bias and adapters each time; with `loss_chunk_tokens` those for the head's adapter. Where weights are frozen, what no backward
 reaches (backward.py) exchanges nothing in it and isn't computed again. A step adds the loss (4 bytes over the world)
 and the flags that ask to stop (16).
 
@@ -40,6 +42,8 @@ ON_TOKENS: Final = re.compile(
     r"(patch_embedding|proj_out)\.(weight|bias)|(.*\.)?scale_shift_table|blocks\.\d+\.norm2\.(weight|bias)|"
     r"blocks\.\d+\.(attn1\.to_out\.0|attn2\.to_out\.0|ffn\.net\.2)\.bias"
 )
+
+IN_CHUNKS: Final = re.compile(r"blocks\.\d+\.ffn\.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def own_ledger(recipe: Recipe, shape: MeshShape, rank: int, micros: Sequence[Mic
         for parameter in parameters:
             if parameter.trained and is_summed(parameter.name):
                 size = parameter.num_elements * SIZES[recipe.precision.of(parameter.name).compute]
-                account.add("tp", "replicated", 2 * share(size, degrees.tp), 1)
+                times = times_used(recipe, degrees, micro, parameter.name)
+                account.add("tp", "replicated", 2 * share(size, degrees.tp), times)
         add_context_parallel(account, recipe, degrees, rank, micro, reach)
     account.add("world", "loss", 2 * share(precise(recipe), shape.world_size), 1)
     account.add("control", "stop", 2 * share(24, shape.world_size), 1)
@@ -109,8 +114,28 @@ def precise(recipe: Recipe) -> int:
 
 def part_tokens(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> int:
     """Tokens of a rank in a micro-batch, after tp has gathered them, padding included."""
-    tokens = bucket_tokens(recipe, micro.bucket).num_tokens
-    return micro.samples * -(-tokens // shape.replica) * shape.tp
+    return micro.samples * rank_tokens(recipe, shape, micro.bucket) * shape.tp
+
+
+def rank_tokens(recipe: Recipe, shape: MeshShape, bucket: int) -> int:
+    """Tokens of a rank of one sample, padding included."""
+    return -(-bucket_tokens(recipe, bucket).num_tokens // shape.replica)
+
+
+def num_chunks(num_tokens: int, size: int) -> int:
+    """Chunks of `size` tokens, 0 = all."""
+    return -(-num_tokens // size) if size else 1
+
+
+def times_used(recipe: Recipe, shape: MeshShape, micro: MicroShape, parameter: str) -> int:
+    """How often a micro-batch's forward shows a parameter to tokens: once with each chunk of the feed-forward, and of
+    the head its adapter.
+    """
+    tokens, execution = rank_tokens(recipe, shape, micro.bucket), recipe.execution
+    if IN_CHUNKS.match(parameter):
+        return num_chunks(tokens, execution.chunk_tokens)
+    of_head = is_adapter(parameter) and parameter.startswith("proj_out.")
+    return num_chunks(tokens, execution.loss_chunk_tokens) if of_head else 1
 
 
 def add_tensor_parallel(account: Account, recipe: Recipe, shape: MeshShape, micro: MicroShape, reach: Reach) -> None:
@@ -119,12 +144,14 @@ def add_tensor_parallel(account: Account, recipe: Recipe, shape: MeshShape, micr
     full = tokens * recipe.model.width * compute(recipe)
     image = [("attn2.norm_added_k", micro.image)] if micro.image else []
     norms = [("attn1.norm_q", 0), ("attn1.norm_k", 0), ("attn2.norm_q", 0), ("attn2.norm_k", micro.text), *image]
-    for block in (f"blocks.{index}" for index in range(recipe.model.num_layers)):
-        forwards = 1 if recipe.execution.recompute == "none" or block not in reach else 2
-        enters = sum(f"{block}.{module}.enter" in reach for module in ("attn1", "attn2", "ffn"))
-        leaves = sum(f"{block}.{module}" in reach for module in ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2"))
-        account.add("tp", "gather_tokens", share(full, n), 3 * forwards + leaves)
-        account.add("tp", "scatter_tokens", share(full, n), 3 * forwards + enters)
+    chunks = num_chunks(rank_tokens(recipe, shape, micro.bucket), recipe.execution.chunk_tokens)
+    for index, block in enumerate(f"blocks.{index}" for index in range(recipe.model.num_layers)):
+        forwards = 2 if block in reach and recipe.execution.recomputes(index, recipe.model.num_layers) else 1
+        for module, linear, pieces in (("attn1", "to_out.0", 1), ("attn2", "to_out.0", 1), ("ffn", "net.2", chunks)):
+            part = share(full, n) / pieces  # on average, as the last one may be shorter
+            leaves, enters = f"{block}.{module}.{linear}" in reach, f"{block}.{module}.enter" in reach
+            account.add("tp", "gather_tokens", part, pieces * (forwards + leaves))
+            account.add("tp", "scatter_tokens", part, pieces * (forwards + enters))
         for name, condition in norms:
             count = micro.samples * condition if condition else tokens
             account.add("tp", "qk_norm", 2 * share(count * p, n), forwards + (f"{block}.{name}" in reach))
@@ -161,7 +188,8 @@ def add_context_parallel(
 ) -> None:
     """The exchanges of self-attention."""
     blocks = [f"blocks.{index}" for index in range(recipe.model.num_layers)]
-    again = sum(block in reach for block in blocks) if recipe.execution.recompute == "all" else 0
+    recomputed = [block for i, block in enumerate(blocks) if recipe.execution.recomputes(i, len(blocks))]
+    again = sum(block in reach for block in recomputed) if recipe.execution.recompute == "all" else 0
     forwards, layers = len(blocks) + again, sum(f"{block}.attn1.attention" in reach for block in blocks)
     n, u, r = shape.tp, shape.ulysses, shape.ring
     heads = recipe.model.num_attention_heads // n

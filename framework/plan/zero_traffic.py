@@ -113,10 +113,15 @@ def stage3_gathers(recipe: Recipe, parameter: ParameterShape, whole: int, num_mi
     block = elements_of(block_shapes(recipe.model)) // recipe.mesh.tp
     # A block's own table is held while the block is computed again.
     inside = re.fullmatch(r"blocks\.\d+\.(?!scale_shift_table).*", parameter.name) is not None
-    recomputed = recipe.execution.recompute != "none" and block_of(parameter.name) in reach and inside
+    recomputed = inside and is_recomputed(recipe, block_of(parameter.name)) and block_of(parameter.name) in reach
     again = recomputed and zero.reuse_distance < 2 * block and parameter.trained
     backward = module_of(parameter.name) in reach
     return num_micro * (1 + (recomputed + backward if again else recomputed or backward))
+
+
+def is_recomputed(recipe: Recipe, block: str) -> bool:
+    """Whether a block is, by its name."""
+    return recipe.execution.recomputes(int(block.removeprefix("blocks.")), recipe.model.num_layers)
 
 
 def block_of(parameter: str) -> str:

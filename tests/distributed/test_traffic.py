@@ -51,6 +51,8 @@ WIDE = [*LORA, "lora.targets=['*.attn?.*', '*.ffn.net.*', '*.text_embedder.*', p
 LAST_BLOCK = ["train.trainable=['blocks.1.*']"]
 SOME_KEYS = ["train.trainable=['blocks.0.attn2.to_k.*', 'proj_out.*']"]
 STAGE3_TWICE = ["zero.stage=3", "zero.reuse_distance=0", "zero.prefetch=0"]
+CHUNKS = ["execution.chunk_tokens=3", "execution.loss_chunk_tokens=1"]
+ONE_BLOCK = ["execution.recompute_blocks=1", "execution.offload=true"]
 REAL = {  # ranks -> the meshes
     2: [
         [*mesh(1, 1, 1), "zero.stage=2"],
@@ -62,6 +64,8 @@ REAL = {  # ranks -> the meshes
         [*mesh(2, 1, 1), *LAST_BLOCK, "zero.engine=fsdp2", "zero.stage=3", "execution.recompute=keep_attention"],
         [*mesh(1, 1, 1), *SOME_KEYS, *STAGE3_TWICE],
         [*mesh(1, 2, 1), *SOME_KEYS, "zero.engine=fsdp2", "zero.stage=2", "execution.recompute=all"],
+        [*mesh(1, 1, 2), *WIDE, *CHUNKS, "zero.engine=fsdp2", "zero.stage=3"],
+        [*mesh(1, 2, 1), "zero.stage=3", *CHUNKS, *ONE_BLOCK, "execution.recompute=all"],
     ],
     3: [
         [*mesh(3, 1, 1), "zero.engine=fsdp2", "zero.stage=3", "execution.recompute=keep_attention"],
@@ -76,6 +80,8 @@ REAL = {  # ranks -> the meshes
         [*mesh(1, 1, 2), *WIDE, "zero.stage=2", "execution.recompute=all"],
         [*mesh(2, 1, 2), *LAST_BLOCK, "zero.engine=fsdp2", "zero.stage=3"],
         [*mesh(1, 2, 2), *SOME_KEYS, "zero.stage=2", "execution.recompute=all"],
+        [*mesh(1, 1, 2), *CHUNKS, *ONE_BLOCK, "zero.stage=2", "execution.recompute=keep_attention", TWO_BUCKETS],
+        [*mesh(2, 1, 2), *CHUNKS, *ONE_BLOCK, "zero.engine=fsdp2", "zero.stage=3", "execution.recompute=all"],
     ],
     8: [[*mesh(2, 2, 2), *STAGE3_TWICE]],
 }
@@ -83,7 +89,7 @@ REAL = {  # ranks -> the meshes
 
 @pytest.mark.parametrize("num_ranks", REAL)
 def test_what_is_sent_is_what_the_formulas_say(recipe: Path, num_ranks: int) -> None:
-    assert sum(len(cells) for cells in REAL.values()) == 20
+    assert sum(len(cells) for cells in REAL.values()) == 24
     for rank, comparisons in enumerate(run_ranks(traffic_ranks.real, num_ranks, recipe, REAL[num_ranks])):
         for words, comparison in zip(REAL[num_ranks], comparisons, strict=True):
             assert comparison.mistakes() == {}, (rank, words)

@@ -31,6 +31,11 @@ PARTIAL = {
     "lora": ["lora.rank=3", "lora.alpha=5", "lora.targets=['*.attn?.to_*', '*.ffn.net.*', '*.text_embedder.*']"],
     "patterns": ["train.trainable=['blocks.1.attn1.*', '*.norm2.*', proj_out.bias]"],
 }
+MEMORY = {
+    "plain": [],
+    "chunks": ["execution.chunk_tokens=3", "execution.loss_chunk_tokens=1"],
+    "host": ["execution.chunk_tokens=1", "execution.recompute_blocks=1", "execution.offload=true"],
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Cell:
     recompute: str = "none"
     steps: int = 0
     partial: str = "all"
+    memory: str = "plain"
 
     @property
     def world_size(self) -> int:
@@ -74,14 +80,14 @@ class Cell:
             f"data.micro_batch={self.micro}",
             f"execution.recompute={self.recompute}",
             *PARTIAL[self.partial],
+            *MEMORY[self.memory],
         ]
 
     def __str__(self) -> str:
         dp, ring, ulysses, tp = self.mesh
         words = [f"dp{dp}r{ring}u{ulysses}tp{tp}", self.engine, self.data, f"batch{self.batch}x{self.micro}"]
-        return "-".join(
-            [*words, self.recompute, f"steps{self.steps}", *([] if self.partial == "all" else [self.partial])]
-        )
+        rest = [word for word in (self.partial, self.memory) if word not in ("all", "plain")]
+        return "-".join([*words, self.recompute, f"steps{self.steps}", *rest])
 
 
 MESHES = [
@@ -135,6 +141,14 @@ def cells() -> list[Cell]:
         engines = ENGINES if mesh[0] == 2 else (ENGINES[number], ENGINES[(number + 2) % 4])
         made += [Cell(mesh, engine, steps=2, partial="lora") for engine in engines]
         made.append(Cell(mesh, ENGINES[(number + 1) % 4], steps=2, partial="patterns"))
+    for number, mesh in enumerate([(2, 1, 1, 1), (1, 2, 1, 2)]):
+        for i, engine in enumerate(ENGINES):
+            if (number + i) % 2:
+                partial = "lora" if i % 4 == 0 else "all"
+                made.append(Cell(mesh, engine, steps=2, partial=partial, memory="chunks"))
+            else:
+                recompute = ("all", "keep_attention")[number]
+                made.append(Cell(mesh, engine, steps=2, recompute=recompute, memory="host"))
     return made
 
 

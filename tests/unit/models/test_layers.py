@@ -160,7 +160,10 @@ def test_bf16_keeps_time_and_norms_in_float32() -> None:
             module.register_forward_hook(lambda _, __, out, name=name: outputs.setdefault(name, out))
     output = model(**inputs)
     assert output.dtype == torch.bfloat16
-    assert len(outputs) == 2 * 3 + 1 + 2 + 2 and {x.dtype for x in outputs.values()} == {torch.float32}
+    rounded = {name for name, out in outputs.items() if out.dtype == torch.bfloat16}
+    assert rounded == {"blocks.0.norm2", "blocks.1.norm2"}, "which round what they return themselves"
+    others = [out for name, out in outputs.items() if name not in rounded]
+    assert len(others) == 2 * 2 + 1 + 2 + 2 and {x.dtype for x in others} == {torch.float32}
     precise = exact.condition_embedder(
         inputs32["timesteps_bt"], inputs32["text_bld"], inputs32["image_bnd"], torch.float32
     )
