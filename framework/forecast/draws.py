@@ -12,7 +12,9 @@ from framework.text.config import text_length
 
 @dataclass(frozen=True)
 class Deal:
-    """What a recipe deals out, whatever the mesh. tokens, timesteps: of a sample of each bucket. text: tokens of a caption."""
+    """What a recipe deals out, whatever the mesh. tokens, timesteps: of a sample of each bucket. text: tokens of a
+    caption.
+    """
 
     batches: Batches
     tokens: tuple[int, ...]

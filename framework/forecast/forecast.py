@@ -16,7 +16,7 @@ from framework.parallel.config import MeshShape
 from framework.plan.bucket import bucket_flops
 from framework.plan.hardware import Hardware
 from framework.plan.parameters import elements_of, parameter_shapes
-from framework.plan.sent import Weights, weights_of
+from framework.plan.sent import weights_of
 from framework.plan.time import StepTime
 from framework.plan.traffic import own_ledger
 from framework.plan.zero_traffic import engine_traffic
@@ -30,9 +30,9 @@ LATENT_BYTES = 2  # float16, what `cuboid encode` writes
 
 @dataclass(frozen=True)
 class BucketForecast:
-    """A bucket. tokens: of a sample. samples: of a draw. share: of the samples that are trained on. petaflops: of
-    training on a sample, recompute not counted; attention: its share of that. tokens_a_rank: of a micro-batch's samples,
-    padding included. micro_batches: samples of each, on the rank that has the most. seconds: of a step of this bucket.
+    """A bucket. tokens: of a sample. samples: of a draw. share: of the samples trained on. petaflops: of
+    training on a sample, recompute not counted; attention: its share of that. tokens_a_rank: of a micro-batch's
+    samples, padding included. micro_batches: samples of each, on the rank that has the most. seconds: of a step of this bucket.
     """
 
     name: str
@@ -103,7 +103,7 @@ def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware) -> Forecast:
             bucket_forecast(recipe, draw, shares[draw.bucket], step_of(recipe, shape, hardware, draw, weights))
             for draw in draws
         ),
-        memory=memory_of(recipe, shape, hardware, draws, trained=weights.trained),
+        memory=memory_of(recipe, shape, hardware, draws, weights),
         traffic=traffic_of(recipe, shape, draws),
         time=time,
         steps=recipe.train.steps,

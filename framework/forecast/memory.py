@@ -1,5 +1,5 @@
-"""What a rank needs of its device's memory at the peak of a step: what is allocated (plan/peak.py), what the context and
-the communicators take, and what the allocator reserves besides. What counts against a device is what is reserved.
+"""What a rank needs of its device's memory at the peak of a step: what is allocated (plan/peak.py), what context and
+communicators take, and what the allocator reserves besides. What counts against a device is what is reserved.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,6 +9,7 @@ from framework.forecast.draws import Draw
 from framework.parallel.config import AXES, GROUP_AXES, MeshShape
 from framework.plan.hardware import Hardware
 from framework.plan.peak import Peak, peak_of
+from framework.plan.sent import Weights
 from framework.recipe import Recipe
 
 
@@ -53,11 +54,11 @@ class Memory:
         )
 
 
-def memory_of(recipe: Recipe, shape: MeshShape, hardware: Hardware, draws: Sequence[Draw], *, trained: int) -> Memory:
-    """Of a rank of a mesh. trained: elements of a rank's tp part."""
+def memory_of(recipe: Recipe, shape: MeshShape, hardware: Hardware, draws: Sequence[Draw], weights: Weights) -> Memory:
+    """Of a rank of a mesh. weights: of its tp part."""
     device, ranks = hardware.device, shape.dp * shape.cp
     step = max((peak_of(recipe, shape, draw.micros) for draw in draws), key=lambda peak: peak.total)
-    ema = 4 * trained / recipe.zero.partition_size(ranks) if recipe.ema.decay else 0.0
+    ema = 4 * weights.trained / recipe.zero.partition_size(ranks) if recipe.ema.decay else 0.0
     return Memory(
         step=step,
         ema=ema,

@@ -1,10 +1,10 @@
 """Every layout of a recipe on a number of GPUs that can work, the fastest first.
 
-A layout is the mesh (dp, ring, ulysses, tp), the engine, stage and partition of ZeRO, the samples of a forward, and what
-is done to save memory. What saves memory costs time, so of the ways to do it, in the order of their cost, the first that
-fits is taken (LADDER); of the rest every combination is looked at. tp and ulysses stay inside the link domain, since
-their exchanges are waited for; a ring and ZeRO may leave it. With several buckets each has its own ring and ulysses
-(data/splits.py).
+A layout is the mesh (dp, ring, ulysses, tp), the engine, stage and partition of ZeRO, the samples of a forward, and
+what is done to save memory. What saves memory costs time, so of the ways to do it, in the order of their cost, the
+first that fits is taken (LADDER); of the rest every combination is looked at. tp and ulysses stay inside the link
+domain, since their exchanges are waited for; a ring and ZeRO may leave it. With several buckets each has its own ring
+and ulysses (data/splits.py).
 """
 
 from collections.abc import Iterator
@@ -16,27 +16,35 @@ from typing import Final, Literal
 from framework.data.splits import resolve_degrees
 from framework.forecast.draws import Deal, Draw, deal_of, draws_of
 from framework.forecast.memory import Memory, memory_of
-from framework.models.config import ExecutionConfig
+from framework.forecast.step import mean_step
 from framework.parallel.config import MeshConfig, MeshShape
 from framework.parallel.zero.config import ZeroConfig, check_engine
 from framework.plan.hardware import Hardware
-from framework.forecast.step import mean_step
 from framework.plan.sent import Weights, weights_of
 from framework.plan.time import StepTime
 from framework.recipe import Recipe
 from framework.shapes import divisors
 
 MOST_RING: Final = 64
-MOST_SAMPLES: Final = 4  # of a forward: where a clip fills the device, more of them gain nothing
-# Ways to need less memory, each slower than the one before: recompute, activations on the host, optimizer on the host.
-LADDER: Final[tuple[tuple[Literal["none", "keep_attention", "all"], bool, bool], ...]] = (
-    ("none", False, False),
-    ("keep_attention", False, False),
-    ("all", False, False),
-    ("keep_attention", True, False),
-    ("all", True, False),
-    ("all", False, True),
-    ("all", True, True),
+SIZES: Final = (1, 2, 4)  # samples of a forward: where a clip fills the device, more of them gain nothing
+ENGINES: Final[tuple[tuple[Literal["deepspeed", "fsdp2"], int], ...]] = (
+    ("deepspeed", 1),
+    ("deepspeed", 2),
+    ("deepspeed", 3),
+    ("fsdp2", 2),
+    ("fsdp2", 3),
+)
+# Ways to need less memory, each slower than the one before: recompute, of which share of the blocks, whether what is
+# kept lies on the host, and whether the optimizer does.
+LADDER: Final[tuple[tuple[Literal["none", "keep_attention", "all"], float, bool, bool], ...]] = (
+    ("none", 1.0, False, False),
+    ("keep_attention", 0.5, False, False),
+    ("keep_attention", 1.0, False, False),
+    ("all", 1.0, False, False),
+    ("keep_attention", 1.0, True, False),
+    ("all", 1.0, True, False),
+    ("all", 1.0, False, True),
+    ("all", 1.0, True, True),
 )
 
 
@@ -59,6 +67,8 @@ class Layout:
         found += [f"zero.partition={zero.partition}"] if zero.partition != "all" else []
         found += [f"zero.offload={zero.offload}"] if zero.offload != "none" else []
         found += [f"execution.recompute={execution.recompute}"]
+        blocks = execution.recompute_blocks
+        found += [] if blocks is None else [f"execution.recompute_blocks={blocks}"]
         found += ["execution.offload=true"] if execution.offload else []
         return [*found, f"data.micro_batch={recipe.data.micro_batch}", *([f"data.{degrees}"] if degrees else [])]
 
@@ -113,20 +123,21 @@ def with_mesh(recipe: Recipe, shape: MeshShape) -> Recipe:
 def micro_batches(deal: Deal, shape: MeshShape) -> list[int]:
     """Samples of a forward, as far as a replica has so many."""
     rows = -(-min(deal.batches.sizes) // shape.dp)
-    return [size for size in (1, 2, 4) if size <= min(rows, MOST_SAMPLES)]
+    return [size for size in SIZES if size <= rows]
 
 
 def zeros(recipe: Recipe, hardware: Hardware, shape: MeshShape) -> list[ZeroConfig]:
     """Engines and stages that can keep the recipe's precision."""
     ranks, found = shape.dp * shape.cp, []
     inside = hardware.network.domain // shape.tp
-    for engine, stage in (("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("fsdp2", 2), ("fsdp2", 3)):
-        parts = ["all", *([inside] if engine == "fsdp2" and 1 < inside < ranks and ranks % inside == 0 else [])]
-        for partition in parts:
-            with suppress(ValueError):  # what the engine refuses isn't a layout
-                zero = replace(recipe.zero, engine=engine, stage=stage, partition=partition, offload="none")
-                check_engine(zero, recipe.precision)
-                found.append(zero)
+    parts: list[int | Literal["all"]] = ["all"]
+    if 1 < inside < ranks and ranks % inside == 0:
+        parts.append(inside)
+    for (engine, stage), partition in product(ENGINES, parts):
+        with suppress(ValueError):  # what the engine refuses isn't a layout
+            zero = replace(recipe.zero, engine=engine, stage=stage, partition=partition, offload="none")
+            check_engine(zero, recipe.precision)
+            found.append(zero)
     return found
 
 
@@ -135,15 +146,16 @@ def first_that_fits(
 ) -> Layout | Memory | None:
     """Up the ladder; else the least that is needed, None where no rung is allowed."""
     least: Memory | None = None
-    for recompute, activations, optimizer in LADDER:
+    for recompute, share, activations, optimizer in LADDER:
         try:
             zero = replace(recipe.zero, offload="optimizer" if optimizer else "none")
             check_engine(zero, recipe.precision)
         except ValueError:
             continue
-        execution = replace(recipe.execution, recompute=recompute, offload=activations)
+        blocks = None if share == 1 else round(share * recipe.model.num_layers)
+        execution = replace(recipe.execution, recompute=recompute, recompute_blocks=blocks, offload=activations)
         tried = replace(recipe, zero=zero, execution=execution)
-        memory = memory_of(tried, shape, hardware, draws, trained=weights.trained)
+        memory = memory_of(tried, shape, hardware, draws, weights)
         if memory.fits:
             return Layout(tried, shape, memory, mean_step(tried, shape, hardware, draws, weights))
         least = memory if least is None or memory.total < least.total else least
