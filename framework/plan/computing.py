@@ -12,10 +12,10 @@ from framework.plan.work import (
     BACKWARD_BYTES,
     BACKWARD_KERNELS,
     FUSED,
-    KERNELS,
     MODEL_KERNELS,
     PARAMETER_KERNELS,
     Work,
+    block_kernels,
     gradient_bytes,
     update_bytes,
 )
@@ -99,7 +99,7 @@ def compute_of(recipe: Recipe, hardware: Hardware, work: Work, rates: Attention,
         elementwise=moved * (1 + BACKWARD_BYTES),
         recompute=repeats,
         forward=forward_linears + forward_own + forward_cross + moved,
-        kernels=layers * KERNELS * fused * (passes + (recompute != "none"))
+        kernels=layers * block_kernels(recipe) * fused * (passes + (recompute != "none"))
         + MODEL_KERNELS * passes
         + PARAMETER_KERNELS * weights.count,
     )
@@ -110,8 +110,8 @@ def optimizer_seconds(recipe: Recipe, shape: MeshShape, hardware: Hardware, weig
     to it and back. What else is moved to the host comes here too.
     """
     device, part = hardware.device, weights.trained / recipe.zero.partition_size(shape.dp * shape.cp)
-    copies = num_micro * weights.trained * gradient_bytes(recipe) / device.bandwidth
+    copies = num_micro * weights.trained * gradient_bytes(recipe) / device.update
     if recipe.zero.offload == "optimizer":
         crossing = (4 + SIZES[recipe.precision.default.compute]) * part / device.host_bandwidth
         return copies + crossing + part * update_bytes(recipe) / device.host_memory
-    return copies + part * update_bytes(recipe) / device.bandwidth
+    return copies + part * update_bytes(recipe) / device.update

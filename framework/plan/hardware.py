@@ -53,6 +53,7 @@ SCHEMA: Final = (
     Entry("device.attention.*.forward", "FLOP/s that an attention kernel's forward reaches, by kernel"),
     Entry("device.attention.*.backward", "FLOP/s of its backward, counted as 2.5 times the forward's FLOPs"),
     Entry("device.bandwidth", "bytes/s that elementwise operations read and write of the device's memory"),
+    Entry("device.update", "bytes/s that the optimizer's update and copies of gradients read and write"),
     Entry("device.host_bandwidth", "bytes/s from host memory to the device, one way"),
     Entry("device.host_memory", "bytes/s that one rank reads and writes of host memory"),
     Entry("device.launch", "seconds of the host for a kernel"),
@@ -91,6 +92,7 @@ class Device:
     matmul: Table
     attention: Mapping[str, Attention]
     bandwidth: float
+    update: float
     host_bandwidth: float
     host_memory: float
     launch: float
@@ -239,7 +241,7 @@ def device_of(kind: Kind, values: dict[str, float]) -> Device:
         kernel: Attention(*(values[f"device.attention.{kernel}.{way}"] for way in ("forward", "backward")))
         for kernel in table(values, "device.attention", deep=True)
     }
-    plain = ("memory", "context", "communicator", "headroom", "bandwidth", "host_bandwidth", "host_memory")
+    plain = ("memory", "context", "communicator", "headroom", "bandwidth", "update", "host_bandwidth", "host_memory")
     return Device(
         kind=kind,
         peak=MappingProxyType(table(values, "device.peak")),

@@ -24,11 +24,12 @@ from framework.recipe import Recipe, bucket_tokens
 from framework.shapes import even_parts
 
 FUSED = 0.4
-KERNELS = 55  # of a block's forward, counted with torch's profiler on one rank in bfloat16
-MODEL_KERNELS = 120  # of a micro-batch around the blocks, noise and loss included
+KERNELS = 50  # of a block's forward, counted as operations that torch dispatches, views left out
+CASTS = 30  # more of them where norms and modulation compute in a wider dtype
+MODEL_KERNELS = 120  # of a micro-batch around the blocks, noise and loss included; roughly
 PARAMETER_KERNELS = 4  # of a micro-batch for each parameter: its gradient, on its way through the engine
 BACKWARD_BYTES = 2
-BACKWARD_KERNELS = 2
+BACKWARD_KERNELS = 2  # times the forward's: 129 in float32, 160 in bfloat16
 ATTENTION_BACKWARD = 2.5  # FLOPs of an attention kernel's backward against its forward's
 
 
@@ -96,6 +97,11 @@ def moved_bytes(recipe: Recipe, shape: MeshShape, micro: MicroShape, tokens: int
     if shape.tp > 1:
         own += 6 * tokens * model.width * 2 * c
     return own + micro.samples * micro.text * (model.width // shape.tp) * (2 * p + 2 * cast)
+
+
+def block_kernels(recipe: Recipe) -> int:
+    """Of a block's forward."""
+    return KERNELS + CASTS * (compute(recipe) != precise(recipe))
 
 
 def update_bytes(recipe: Recipe) -> float:

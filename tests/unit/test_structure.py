@@ -33,7 +33,7 @@ ROWS: Final = (
     ("models", "parallel.zero", "failure"),
     ("checkpoint", "metrics", "profiling", "evaluate", "curate"),
     ("programs", "launch"),
-    ("cli_checkpoint", "cli_data", "cli_cluster", "cli_status", "cli_submit"),
+    ("cli_bench", "cli_checkpoint", "cli_data", "cli_cluster", "cli_status", "cli_submit"),
     ("cli",),
 )
 

@@ -1,0 +1,311 @@
+"""A description of this machine (plan/hardware.py), measured: what its devices reach (rates.py), what its links do.
+
+Where there is no GPU, ranks share the machine's cores: devices are measured by as many ranks at once as have a core
+each, and what all ranks do together is divided by how many take turns on a core, as time.py will multiply it by that.
+
+A collective's seconds are latency + steps hop + bytes / bandwidth (plan/links.py), from a small and a large tensor in
+groups of two ranks and of all. `device.step` is what is left of a small model's real step when everything else is taken
+from it.
+"""
+
+import datetime
+import os
+import platform
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from framework.batch import Condition, Noised
+from framework.ema import Ema
+from framework.environment import Environment
+from framework.models.patchify import patchify
+from framework.parallel.collectives import (
+    all_gather_tokens,
+    all_reduce_sum,
+    all_to_all,
+    barrier,
+    gather_floats,
+    reduce_scatter_tokens,
+    ring_exchange,
+)
+from framework.parallel.context_parallel.tokens import split_tokens
+from framework.parallel.mesh import Group, Mesh
+from framework.plan.computing import slowdown
+from framework.plan.hardware import read_hardware
+from framework.plan.links import Kind
+from framework.plan.time import step_time
+from framework.plan.traffic import MicroShape
+from framework.programs import build
+from framework.programs.rates import Rates, measure_rates, wait
+from framework.recipe import Recipe, build_recipe, resolve_auto
+from framework.shapes import latent_shape
+from framework.tokenizer.config import tokenizer_strides
+
+SMALL = 1 << 12  # bytes of a tensor; 64 times as many on a GPU's link
+LARGE = 1 << 22
+REPEATS = 15
+STEPS = 12  # of the small model; the first four aren't counted
+TEXT = 32
+Leaf = dict[str, object]
+
+
+@dataclass(frozen=True)
+class LinkTimes:
+    """Of one kind of collective, seconds and bytes/s. hop: for each rank beyond two."""
+
+    latency: float
+    hop: float
+    bandwidth: float
+
+
+def calibrate(env: Environment, out: Path) -> None:
+    """Measure on these ranks, and write the description on the first. Raises ValueError on fewer than two ranks: they
+    have no link to measure.
+    """
+    if env.world_size < 2:
+        raise ValueError("calibration needs at least 2 ranks, as one has no link to measure: raise --ranks")
+    recipe = small_recipe(env.world_size)
+    mesh = build.open_mesh(recipe, env)
+    device = build.this_device()
+    turns = turns_of(env.world_size)
+    busy = round(env.world_size / turns)
+    kernel = resolve_auto(recipe).attention.kernel
+    rates = measure_rates(device, kernel) if env.rank < busy else None
+    barrier(mesh.control)
+    measured = {kind: link_times(kind, mesh, turns, device) for kind in calls_of(mesh.world)}
+    overlap = measure_overlap(mesh, device)
+    tree = describe(rates, measured, overlap, env.world_size) if rates is not None else {}
+    left = left_over(recipe, mesh, tree if env.is_first else None, env)
+    if env.is_first:
+        tree["device"]["step"] = leaf(max(1e-5, left), f"{source()}, left of a small model's step")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(yaml.safe_dump(tree, sort_keys=False, width=120))
+        read_hardware(tree, out)
+    barrier(mesh.control)
+
+
+def turns_of(ranks: int) -> float:
+    """How many ranks take turns on a core of this machine; 1 where every rank has a GPU."""
+    if torch.cuda.is_available():
+        return 1.0
+    return max(1.0, ranks / cores())
+
+
+def cores() -> int:
+    """Ranks that this machine computes at full speed at once."""
+    return max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads())
+
+
+def small_recipe(ranks: int) -> Recipe:
+    """A model of 2 layers on 240 tokens, split over pairs of ranks."""
+    return build_recipe(
+        {
+            "run": "calibration",
+            "mesh": {"dp": ranks // 2, "ulysses": 2},
+            "zero": {"engine": "fsdp2", "stage": 2},
+            "tokenizer": {"name": "dct", "dct": {"coefficients": 8}},
+            "text": {"name": "bytes", "bytes": {"max_length": TEXT}},
+            "model": {
+                "in_channels": 8,
+                "out_channels": 8,
+                "num_layers": 2,
+                "num_attention_heads": 4,
+                "attention_head_dim": 48,
+                "ffn_dim": 512,
+                "text_dim": 256,
+            },
+            "data": {"streams": [{"path": "none"}], "buckets": [{"frames": 17, "height": 128, "width": 96}]},
+        }
+    )
+
+
+def calls_of(group: Group) -> dict[Kind, Callable[[Tensor, Group], object]]:
+    """Collectives on a flat tensor of the rank's own, by kind."""
+
+    def exchange(flat: Tensor, group: Group) -> object:
+        part = flat.numel() // group.size
+        return all_to_all(flat, [part] * group.size, [part] * group.size, group, "calibrate")
+
+    return {
+        "all_gather": lambda flat, g: all_gather_tokens(flat.view(g.size, -1)[:1].unsqueeze(0), g, "calibrate"),
+        "reduce_scatter": lambda flat, g: reduce_scatter_tokens(flat.view(1, g.size, -1), g, "calibrate"),
+        "all_reduce": lambda flat, g: all_reduce_sum(flat, g, "calibrate").wait(),
+        "all_to_all": exchange,
+        "ring": lambda flat, g: ring_exchange(flat, g, "calibrate")(),
+    }
+
+
+def sent_of(kind: Kind, num_bytes: int, size: int) -> float:
+    """Bytes that a rank sends of a tensor."""
+    share = (size - 1) / size
+    return num_bytes * {"all_reduce": 2 * share, "ring": 1.0}.get(kind, share)
+
+
+def link_times(kind: Kind, mesh: Mesh, turns: float, device: torch.device) -> LinkTimes:
+    """Of a kind of collective, in pairs of ranks alone on the machine, and among all ranks. A collective."""
+    call = calls_of(mesh.world)[kind]
+    scale = 64 if device.type == "cuda" else 1
+    found: dict[tuple[int, int], float] = {}
+    for group, alone in ((mesh.ulysses, True), (mesh.world, False)):
+        for num_bytes in (SMALL * scale, LARGE * scale):
+            flat = torch.ones(num_bytes // 4 // group.size * group.size, device=device)
+            barrier(mesh.control)
+            mine = not alone or mesh.rank in (0, 1)
+            spent = median_seconds(lambda f=flat, g=group: call(f, g), device) if mine else 0.0  # type: ignore[misc]
+            spent = max(each for (each,) in gather_floats([spent], mesh.control))
+            found.setdefault((group.size, num_bytes), spent / (1.0 if alone else turns))
+    size, few, many = mesh.world.size, SMALL * scale, LARGE * scale
+    bandwidths = [
+        sent_of(kind, many - few, n) / max(1e-9, found[n, many] - found[n, few]) for n in dict.fromkeys((2, size))
+    ]
+    bandwidth = statistics.harmonic_mean(bandwidths)
+    latencies = {n: max(1e-7, found[n, few] - sent_of(kind, few, n) / bandwidth) for n in (2, size)}
+    hops = {"ring": 0.0, "all_reduce": 2.0}.get(kind, 1.0)
+    more = (latencies[size] - latencies[2]) / (size - 2) if size > 2 else 0.0
+    hop = max(1e-7, more / hops) if hops else 1e-7
+    return LinkTimes(max(1e-7, latencies[2] - hop * max(1.0, hops)), hop, bandwidth)
+
+
+def median_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of a call that all ranks of a group make together."""
+    call()
+    found = []
+    for _ in range(REPEATS):
+        wait(device)
+        begin = time.perf_counter()
+        call()
+        wait(device)
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found)
+
+
+def measure_overlap(mesh: Mesh, device: torch.device) -> float:
+    """Share of a ring exchange that hides behind matrix products which take as long. A collective."""
+    flat = torch.ones(LARGE * (64 if device.type == "cuda" else 1) // 4, device=device)
+    side = 4096 if device.type == "cuda" else 384
+    a = torch.randn(side, side, device=device)
+
+    def exchange() -> None:
+        ring_exchange(flat, mesh.world, "calibrate")()
+
+    barrier(mesh.control)
+    message = median_seconds(exchange, device)
+    one = median_seconds(lambda: torch.mm(a, a), device)
+    (message, one) = (max(each) for each in zip(*gather_floats([message, one], mesh.control), strict=True))
+    count = max(1, round(message / one))
+
+    def products() -> None:
+        for _ in range(count):
+            torch.mm(a, a)
+
+    def both() -> None:
+        receive = ring_exchange(flat, mesh.world, "calibrate")
+        products()
+        receive()
+
+    barrier(mesh.control)
+    times = [median_seconds(each, device) for each in (exchange, products, both)]
+    spent, computed, together = (
+        statistics.median(each) for each in zip(*gather_floats(times, mesh.control), strict=True)
+    )
+    return min(1.0, max(0.0, (spent + computed - together) / min(spent, computed)))
+
+
+def left_over(recipe: Recipe, mesh: Mesh, tree: dict[str, Any] | None, env: Environment) -> float:
+    """Seconds of a small model's step that a description doesn't explain, for one rank on a core of its own."""
+    recipe = build.settle(recipe, env)
+    model, shards = build.build_model(recipe, mesh)
+    engine = build.build_engine(recipe, model, shards, mesh)
+    build.initialise(engine.fragments(), recipe)
+    engine.refresh(updates=0)
+    ema, flow, device = Ema(engine.fragments(), recipe.ema), build.build_flow(recipe), build.this_device()
+    latent = latent_shape(recipe.data.buckets[0].clip, tokenizer_strides(recipe.tokenizer))
+    shape = (1, recipe.model.in_channels, latent.frames, latent.height, latent.width)
+    noised = Noised(
+        *(torch.randn(shape, device=device) for _ in range(2)), *(torch.ones(1, *s, device=device) for s in ((1,), ()))
+    )
+    condition = Condition(torch.randn(1, TEXT, recipe.model.text_dim, device=device))
+    spent = []
+    for number in range(STEPS):
+        barrier(mesh.control)
+        begin = time.perf_counter()
+        tokens = split_tokens(patchify(noised, recipe.model.patch_size), mesh)
+        loss = flow.loss_sum(engine(tokens, condition), tokens)
+        engine.backward(loss, global_count=float(mesh.dp.size), last=True)
+        engine.step(lr=1e-4)
+        ema.update(step=number)
+        wait(device)
+        spent.append(time.perf_counter() - begin)
+    engine.destroy()
+    measured = statistics.median(spent[4:])
+    if tree is None:
+        return measured
+    hardware = read_hardware(tree, Path("calibration"))
+    predicted = step_time(recipe, mesh.shape, hardware, [MicroShape(0, 1, TEXT)]).total
+    return (measured - predicted) / slowdown(mesh.shape, hardware)
+
+
+def leaf(value: float, origin: str) -> Leaf:
+    """A number with its source; four digits are more than are reproducible."""
+    return {"value": float(f"{value:.4g}"), "source": origin}
+
+
+def source() -> str:
+    """When, where and with what."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    today = datetime.datetime.now(datetime.UTC).date()
+    return f"measured on {today} on {socket.gethostname()} ({device}), torch {torch.__version__}"
+
+
+def describe(rates: Rates, links: dict[Kind, LinkTimes], overlap: float, ranks: int) -> dict[str, Any]:
+    """The description as a plain tree; `device.step` is next to nothing as yet."""
+    here, on_gpu = source(), torch.cuda.is_available()
+    memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else host_bytes() / ranks
+    sides = {
+        name: {kind: leaf(getattr(times, name), here) for kind, times in links.items()}
+        | {"default": leaf(getattr(links["reduce_scatter"], name), "assumed: as of reduce_scatter")}
+        for name in ("bandwidth", "latency", "hop")
+    }
+    device: dict[str, Any] = {
+        "kind": "gpu" if on_gpu else "cpu",
+        "memory": leaf(memory, here if on_gpu else f"{here}, shared out to {ranks} ranks"),
+        "context": leaf(0.6e9 if on_gpu else 0.7e9, "assumed: of the libraries"),
+        "communicator": leaf(0.3e9 if on_gpu else 1e6, "assumed"),
+        "headroom": leaf(1.06 if on_gpu else 1.0, "assumed"),
+        "matmul": {dtype: leaf(rate, here) for dtype, rate in rates.matmul.items()},
+        "attention": {
+            rates.kernel: dict(zip(("forward", "backward"), (leaf(r, here) for r in rates.attention), strict=True))
+        },
+        **{
+            name: leaf(getattr(rates, name), here)
+            for name in ("bandwidth", "update", "host_bandwidth", "host_memory", "launch")
+        },
+        "step": leaf(0.0, "not measured yet"),
+        "price": leaf(0.0, "assumed: your own machine"),
+    }
+    if not on_gpu:
+        device["shared"] = leaf(cores(), here)
+    across = {
+        name: {kind: {**each, "source": f"assumed: one machine was measured; {here}"} for kind, each in side.items()}
+        for name, side in sides.items()
+    }
+    network = {
+        "domain": leaf(max(ranks, cores()), f"{here}: one machine"),
+        "inside": sides,
+        "across": across,
+        "overlap": leaf(overlap, here),
+    }
+    return {"device": device, "network": network}
+
+
+def host_bytes() -> float:
+    """Of this machine's memory."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

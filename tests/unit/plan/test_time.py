@@ -1,0 +1,210 @@
+"""Predicted seconds against numbers worked out by hand, a ring's timeline played step by step, and the ledgers' bytes.
+
+The tiny model: 2 tokens of width 24 in 2 heads of 12, 2 blocks, feed-forward 32; 16 text tokens of width 256; patches
+of 32 numbers; 32 sinusoids.
+"""
+
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+from described import machine
+from tiny import write_recipe
+
+from framework.parallel.config import MeshShape
+from framework.plan.hardware import Attention, Hardware, load_hardware
+from framework.plan.links import Place, place_of, seconds
+from framework.plan.sent import engine_sent, own_sent, weights_of
+from framework.plan.time import StepTime, ring_exchange, step_time
+from framework.plan.traffic import MicroShape, own_ledger
+from framework.plan.work import block_kernels
+from framework.plan.zero_traffic import engine_traffic
+from framework.recipe import Recipe, load_recipe
+
+MICRO = MicroShape(0, 1, text=16)
+
+
+def recipe_of(folder: Path, *words: str) -> Recipe:
+    return load_recipe(write_recipe(folder, folder / "absent", words), [])
+
+
+def on(shape: MeshShape) -> list[str]:
+    return [f"mesh.{axis}={getattr(shape, axis)}" for axis in ("dp", "ring", "ulysses", "tp")]
+
+
+def predicted(folder: Path, shape: MeshShape, hardware: Hardware, *words: str) -> StepTime:
+    return step_time(recipe_of(folder, *on(shape), *words), shape, hardware, [MICRO])
+
+
+def test_linears_and_attention_by_hand(tmp_path: Path) -> None:
+    found = predicted(tmp_path, MeshShape(1, 1, 1, 1), machine())
+    block = 2 * 2 * 24 * (6 * 24 + 2 * 32) + 2 * 16 * 24 * 2 * 24
+    around = 2 * 2 * 24 * (32 + 32) + 2 * 16 * 24 * (256 + 24) + 2 * 24 * (32 + 7 * 24)
+    assert (block, around) == (56_832, 230_784)
+    assert found.linears == pytest.approx(3 * (2 * 56_832 + 230_784) / 1e6)  # 1.03 s
+    forward = 2 * (4 * 2 * 2 * 24 + 4 * 2 * 16 * 24)
+    assert forward == 6912
+    assert found.attention == pytest.approx(6912 / 1e6 + 2.5 * 6912 / 0.5e6)
+    assert found.total == pytest.approx(found.linears + found.attention)
+    # MFU counts the backward of attention twice, not 2.5 times.
+    assert found.mfu == pytest.approx(3 * (2 * 56_832 + 230_784 + 6912) / (found.total * 2e6))
+
+
+def test_recompute_repeats_the_blocks_forward_or_all_but_self_attention(tmp_path: Path) -> None:
+    shape, hardware = MeshShape(1, 1, 1, 1), machine()
+    keep, everything = (
+        predicted(tmp_path, shape, hardware, f"execution.recompute={name}").recompute
+        for name in ("keep_attention", "all")
+    )
+    assert everything == pytest.approx((2 * 56_832 + 6912) / 1e6)
+    assert everything - keep == pytest.approx(2 * 4 * 2 * 2 * 24 / 1e6)
+
+
+def test_a_ring_of_two_by_hand(tmp_path: Path) -> None:
+    """A message is 2 tensors x 1 token x 24 x 4 bytes = 192 bytes, a second. A kernel sees 1 query and 1 key: 96 FLOPs,
+    0.25 s forward, 0.5 s backward. A block: one message forward, keys and values and their gradient backward.
+    """
+    ring = {"network__inside__bandwidth__ring": 192, "network__overlap": 1.0}
+    rates = {"device__attention__aten__forward": 384, "device__attention__aten__backward": 480}
+    shape = MeshShape(1, 2, 1, 1)
+    found = predicted(tmp_path, shape, machine(**ring, **rates)).ring
+    assert found.total == pytest.approx(2 * 3.0)
+    assert found.exposed == pytest.approx(2 * (0.75 + 0.5 + 1.0))
+    half = predicted(tmp_path, shape, machine(**(ring | {"network__overlap": 0.5}), **rates)).ring
+    assert half.exposed == pytest.approx(2 * (3.0 - 0.5 * (0.25 + 0.5)))
+
+
+def played(r: int, kernel: float, back: float, message: float) -> float:
+    """Seconds that a rank waits in a block's forward and backward, as ring.py orders what it does."""
+    waited = sum(max(0.0, message - kernel) for _ in range(r - 1))
+    on_the_way = 0  # gradients
+    for step in range(r):
+        messages = (step < r - 1) + on_the_way
+        waited += max(0.0, messages * message - back)
+        on_the_way = 1 if step >= 1 else 0
+    return waited + message * on_the_way
+
+
+@pytest.mark.parametrize(("r", "bandwidth"), product([2, 3, 4, 6], [20.0, 90.0, 150.0, 1000.0]))
+def test_a_ring_hides_what_the_order_of_its_steps_lets_it(tmp_path: Path, r: int, bandwidth: float) -> None:
+    recipe, shape = recipe_of(tmp_path), MeshShape(1, r, 1, 1)
+    hardware = machine(network__inside__bandwidth__ring=bandwidth)
+    own = {
+        ("ring", "ring"): (2 * 2 * (r - 1), 4.0 * (r - 1) * 30),
+        ("ring", "ring_gradients"): (2 * (r - 1), 60.0 * (r - 1)),
+    }
+    found = ring_exchange(recipe, shape, hardware, own, 30.0 * r, Attention(100.0, 100.0))
+    assert found.exposed == pytest.approx(2 * played(r, 0.3, 0.75, 30 / bandwidth), abs=1e-9)
+
+
+@pytest.mark.parametrize(("domain", "total"), [(1, 10.0), (2, 4.0)])
+def test_ulysses_inside_a_domain_and_across_by_hand(tmp_path: Path, domain: int, total: float) -> None:
+    """A block sends 3/2 + 1/2 of 96 bytes one way and the same the other, 384 in 4 collectives. Across: 192 bytes/s,
+    0.5 s and one hop of 0.25 s each, 2 + 3 s a block. Inside: 384 bytes/s, 0.125 s and a hop of 0.125 s each, 1 + 1 s.
+    """
+    links = {"network__across__bandwidth__all_to_all": 192, "network__across__latency__all_to_all": 0.5}
+    links |= {"network__across__hop__all_to_all": 0.25, "network__inside__bandwidth__all_to_all": 384}
+    links |= {"network__inside__latency__all_to_all": 0.125, "network__inside__hop__all_to_all": 0.125}
+    found = predicted(tmp_path, MeshShape(1, 1, 2, 1), machine(network__domain=domain, **links)).ulysses
+    assert found.total == found.exposed == pytest.approx(total)
+
+
+def test_where_groups_lie() -> None:
+    """arange(128).view(dp, ring, ulysses, tp) in domains of 8."""
+    assert place_of(8, 1, 128, 8) == Place(8, 8)  # tp or ulysses inside
+    assert place_of(4, 2, 128, 8) == Place(4, 4)  # ulysses 4 over tp 2
+    assert place_of(4, 8, 128, 8) == Place(4, 1)  # a ring across
+    assert place_of(64, 2, 128, 8) == Place(64, 4)  # zero over tp 2: four of its ranks in each node
+    assert place_of(6, 1, 48, 8) == Place(6, 2)  # ranks 6 to 11 are cut into 2 and 4
+    assert place_of(4, 1, 4, 8) == Place(4, 4)
+
+
+def test_a_ring_of_two_domains_leaves_each_by_all_its_ports() -> None:
+    """16 ranks, 8 in a domain: 14 hops inside, 1 across; 8 ports of 10 bytes/s are faster than 50 inside, 4 aren't."""
+    links = {"network__inside__bandwidth__default": 50, "network__across__bandwidth__default": 10}
+    hops = {"network__inside__hop__default": 1.0, "network__across__hop__default": 100.0}
+    network = machine(**links, **hops).network
+    assert seconds(network, Place(16, 8), "all_gather", 1, 100) == pytest.approx(14 + 100 + 100 / 50)
+    assert seconds(network, Place(8, 4), "all_gather", 1, 100) == pytest.approx(6 + 100 + 100 / 40)
+    # Of 7 peers 4 are elsewhere; 4/7 of the bytes by a port of 10.
+    assert seconds(network, Place(8, 4), "all_to_all", 1, 70) == pytest.approx(3 + 100 + 40 / 10)
+    assert seconds(network, Place(1, 1), "all_gather", 1, 100) == 0
+
+
+def test_fsdp2_hides_all_but_the_first_group(tmp_path: Path) -> None:
+    """Of 3 groups (2 blocks, and what is around them) the first gathered has nothing before it, the last reduced none
+    after it.
+    """
+    slow, shape = machine(network__inside__bandwidth__default=1e9), MeshShape(4, 1, 1, 1)
+    found = predicted(tmp_path, shape, slow, "zero.engine=fsdp2", "zero.stage=3").zero
+    assert found.exposed == pytest.approx(found.total / 3)
+    engine = predicted(tmp_path, shape, slow, "zero.engine=deepspeed", "zero.stage=2").zero
+    assert engine.exposed == engine.total > 0
+
+
+def test_a_gpus_host_runs_ahead_and_a_cpus_doesnt(tmp_path: Path) -> None:
+    recipe, shape = recipe_of(tmp_path), MeshShape(1, 1, 1, 1)
+    weights = weights_of(recipe, 1)
+    launched = 2 * 3 * block_kernels(recipe) + 3 * 120 + 4 * weights.count
+    for kind in ("cpu", "gpu"):
+        hardware = machine(device__kind=kind, device__launch=1e-2)
+        found = step_time(recipe, shape, hardware, [MICRO])
+        busy, host = found.computing + found.optimizer, launched * 1e-2
+        assert found.total == pytest.approx(busy + host if kind == "cpu" else max(busy, host))
+
+
+def test_ranks_that_share_cores_take_turns(tmp_path: Path) -> None:
+    alone, crowded = (predicted(tmp_path, MeshShape(4, 1, 1, 1), machine(device__shared=cores)) for cores in (4, 2))
+    assert crowded.total == pytest.approx(2 * alone.total)
+    assert crowded.mfu == pytest.approx(alone.mfu / 2)
+
+
+MESHES = [MeshShape(2, 1, 1, 1), MeshShape(1, 2, 1, 2), MeshShape(2, 2, 2, 1), MeshShape(3, 1, 2, 2)]
+ENGINES = [
+    ("zero.stage=1", "precision.parameters=bfloat16"),
+    ("zero.stage=1", "execution.recompute=all"),
+    ("zero.stage=2", "precision.parameters=bfloat16", "execution.recompute=keep_attention"),
+    ("zero.stage=3", "zero.persistence=100", "zero.reuse_distance=0", "execution.recompute=all"),
+    ("zero.stage=3", "zero.persistence=0"),
+    ("zero.engine=fsdp2", "zero.stage=3"),
+    ("zero.engine=fsdp2", "zero.stage=2", "zero.partition=2"),
+    ("lora.rank=4", "zero.engine=fsdp2", "zero.stage=3"),
+]
+
+
+@pytest.mark.parametrize(("shape", "words"), product(MESHES, ENGINES))
+def test_bytes_are_the_ledgers(tmp_path: Path, shape: MeshShape, words: tuple[str, ...]) -> None:
+    """Exactly, in floating point: 1e-12 is rounding."""
+    if "zero.partition=2" in words and shape.dp * shape.cp % 2:
+        words = words[:-1]
+    sizes = ("data.buckets=[{frames: 5, height: 48, width: 80}]", "model.num_attention_heads=6")  # 15 tokens; 3 = 2 + 1
+    recipe = recipe_of(tmp_path, *on(shape), *sizes, *words)
+    micros, weights = [MicroShape(0, 2, text=16), MicroShape(0, 1, text=16, timesteps=3)], weights_of(recipe, shape.tp)
+    said, found = own_ledger(recipe, shape, 0, micros), own_sent(recipe, shape, micros, weights)
+    assert {key: calls for key, (calls, _) in found.items()} == {key: calls for key, (calls, _) in said.items()}
+    assert {k: sent for k, (_, sent) in found.items()} == pytest.approx(
+        {k: float(sent) for k, (_, sent) in said.items()}, rel=1e-12
+    )
+    engine = {kind: float(sent) for kind, sent in engine_traffic(recipe, shape, 0, len(micros)).sent.items()}
+    assert engine_sent(recipe, shape, len(micros), weights) == pytest.approx(engine, rel=1e-12)
+
+
+def test_a_search_can_ask_thousands_of_times(tmp_path: Path) -> None:
+    """0.3 ms of processor time, the best of some; 40 layers cost what 2 do."""
+    recipe, hardware = recipe_of(tmp_path, "model.num_layers=40", "mesh.ulysses=2"), load_hardware("h100")
+    shape = MeshShape(16, 1, 2, 1)
+    weights, best = weights_of(recipe, 1), 1.0
+    for _ in range(20):
+        begin = time.process_time()
+        for _ in range(20):
+            step_time(recipe, shape, hardware, [MICRO], weights=weights)
+        best = min(best, (time.process_time() - begin) / 20)
+    assert best < 0.3e-3
+
+
+def test_a_missing_rate_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"device.matmul.bfloat16 isn't described"):
+        predicted(tmp_path, MeshShape(1, 1, 1, 1), machine(), "precision.parameters=bfloat16")
+    with pytest.raises(ValueError, match=r"device.attention.reference isn't described for made, only aten"):
+        predicted(tmp_path, MeshShape(1, 1, 1, 1), machine(), "attention.kernel=reference")
