@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from framework import cli_bench, cli_checkpoint, cli_cluster, cli_data, cli_status, cli_submit, log
+from framework import cli_bench, cli_checkpoint, cli_cluster, cli_data, cli_plan, cli_status, cli_submit, log
 from framework.checkpoint.find import open_checkpoint
 from framework.environment import Environment, StopFlag, read_environment, visible_gpus
 from framework.failure import failure_of, write_failure
@@ -31,6 +31,7 @@ app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_cluster.app)
 app.add_typer(cli_submit.app)
+app.add_typer(cli_plan.app)
 app.add_typer(cli_status.app)
 app.add_typer(cli_bench.app)
 
@@ -130,7 +131,9 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
     overrides: Overrides = None,
     *,
-    stage: Annotated[int | None, typer.Option(hidden=True, help="Of a rank: the stage that it was started for.")] = None,
+    stage: Annotated[
+        int | None, typer.Option(hidden=True, help="Of a rank: the stage that it was started for.")
+    ] = None,
 ) -> None:
     """Train, or resume what the run directory holds. Starts the local ranks itself unless RANK and WORLD_SIZE are
     set.

@@ -10,6 +10,7 @@ from framework import log
 from framework.forecast.forecast import forecast
 from framework.forecast.search import search
 from framework.forecast.text import forecast_lines, layout_lines, layouts_json, to_json
+from framework.launch.calibrate import calibrate as measure
 from framework.parallel.config import resolve_mesh
 from framework.plan.hardware import load_hardware
 from framework.recipe import load_recipe
@@ -38,8 +39,6 @@ def plan(
     if calibrate:
         if recipe is not None or out is None:
             raise ValueError("--calibrate measures the machine and no recipe: cuboid plan --calibrate --out FILE.yaml")
-        from framework.programs.calibrate import calibrate as measure
-
         measure(out, ranks)
         log.line(f"measured: {out}; use it by --gpu {out}, or hardware.name={out} in a recipe")
         return

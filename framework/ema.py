@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
+from framework.config import EmaConfig
 from framework.parallel.fragments import Fragment
-from framework.recipe import EmaConfig
 
 
 class Refreshable(Protocol):

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from framework.recipe import OptimizerConfig, decays
+from framework.config import OptimizerConfig, decays
 
 
 def adamw(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:

@@ -23,19 +23,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from framework.config import ResumeConfig
 from framework.environment import Environment
 from framework.kernels.config import FLASH_DISTRIBUTIONS, installed_flash
 from framework.layers import apply_overrides
-from framework.recipe import (
-    Recipe,
-    ResumeConfig,
-    build_recipe,
-    flatten,
-    load_recipe,
-    read_recipe_layers,
-    resolve_auto,
-    to_yaml,
-)
+from framework.recipe import Recipe, build_recipe, flatten, load_recipe, read_recipe_layers, resolve_auto, to_yaml
 from framework.stages.recipes import adopt_resolved, recipe_at
 from framework.storage.directory import Directory
 

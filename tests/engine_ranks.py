@@ -14,6 +14,7 @@ from ranks import moments, projection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from framework.config import OptimizerConfig
 from framework.data.buckets import streams_of
 from framework.environment import Environment
 from framework.models.layers import compute_dtype
@@ -27,7 +28,7 @@ from framework.parallel.zero.config import PrecisionConfig, ZeroConfig
 from framework.parallel.zero.engine import Engine
 from framework.parallel.zero.fsdp2 import build_fsdp2
 from framework.programs import build
-from framework.recipe import OptimizerConfig, Recipe, load_recipe, resolve_auto
+from framework.recipe import Recipe, load_recipe, resolve_auto
 
 Arrays = dict[str, np.ndarray]
 Predictions = tuple[np.ndarray, np.ndarray]

@@ -32,7 +32,7 @@ LATENT_BYTES = 2  # float16, what `cuboid encode` writes
 class BucketForecast:
     """A bucket. tokens: of a sample. samples: of a draw. share: of the samples trained on. petaflops: of
     training on a sample, recompute not counted; attention: its share of that. tokens_a_rank: of a micro-batch's
-    samples, padding included. micro_batches: samples of each, on the rank that has the most. seconds: of a step of this bucket.
+    samples, padding included. micro_batches: samples of each, on the rank that has the most. seconds: of a step of it.
     """
 
     name: str

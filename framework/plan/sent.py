@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from framework.config import decays
 from framework.parallel.config import MeshShape, split_shape
 from framework.parallel.zero.config import SIZES
 from framework.plan.parameters import ParameterShape, TensorParallel, block_shapes, elements_of, parameter_shapes
 from framework.plan.traffic import MicroShape, compute, is_summed, own_ledger, part_tokens, precise
 from framework.plan.zero_traffic import ALIGNMENT, engine_traffic
-from framework.recipe import Recipe, bucket_degrees, decays
+from framework.recipe import Recipe, bucket_degrees
 from framework.shapes import even_parts
 
 Own = dict[tuple[str, str], tuple[int, float]]  # (group, purpose) -> (calls, bytes)

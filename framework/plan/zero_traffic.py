@@ -32,12 +32,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
+from framework.config import decays
 from framework.parallel.config import MeshShape
 from framework.parallel.zero.config import SIZES
 from framework.plan.backward import Reach, module_of
 from framework.plan.parameters import ParameterShape, TensorParallel, block_shapes, elements_of, parameter_shapes
 from framework.plan.traffic import share
-from framework.recipe import Recipe, decays
+from framework.recipe import Recipe
 
 ALIGNMENT: Final = 2  # DeepSpeed's stages 1 and 2 pad a group to this many times N
 

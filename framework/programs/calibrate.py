@@ -237,7 +237,7 @@ def left_over(recipe: Recipe, mesh: Mesh, tree: dict[str, Any] | None, env: Envi
     for number in range(STEPS):
         barrier(mesh.control)
         begin = time.perf_counter()
-        tokens = split_tokens(patchify(noised, recipe.model.patch_size), mesh)
+        tokens = split_tokens(patchify(noised, recipe.model.patch_size), mesh, recipe.attention.pattern)
         loss = flow.loss_sum(engine(tokens, condition), tokens)
         engine.backward(loss, global_count=float(mesh.dp.size), last=True)
         engine.step(lr=1e-4)

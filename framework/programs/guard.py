@@ -19,11 +19,11 @@ import xxhash
 from torch import Tensor
 
 from framework.checkpoint.manifest import Progress
+from framework.config import GuardConfig, TrainConfig
 from framework.parallel.collectives import gather_objects
 from framework.parallel.fragments import Fragment
 from framework.parallel.mesh import Mesh
 from framework.parallel.zero.engine import StepStats
-from framework.recipe import GuardConfig, TrainConfig
 from framework.run import BadNumbers, RunFailure
 
 Uids = tuple[str, ...]

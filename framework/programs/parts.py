@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from torch import Tensor
-
 from framework.batch import Batch, Noised, Score, Tokens
 from framework.checkpoint.manifest import Progress
 from framework.data.buckets import Stream

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from framework.config import OptimizerConfig
 from framework.kernels.attended import Attended
 from framework.kernels.attention import AttentionKernel, build_attention
 from framework.kernels.config import AttentionConfig
@@ -25,7 +26,7 @@ from framework.plan.flops import attention_flops, block_flops
 from framework.plan.traffic import MicroShape
 from framework.plan.work import ATTENTION_BACKWARD, BACKWARD_BYTES, BACKWARD_KERNELS, block_kernels, moved_bytes
 from framework.plan.work import update_bytes as bytes_of_update
-from framework.recipe import OptimizerConfig, Recipe
+from framework.recipe import Recipe
 
 REPEATS = 7
 BATCH_SECONDS = 0.03  # of a repeat; on a GPU many calls are needed to fill its queue
@@ -132,7 +133,7 @@ def attention_rates(
     shape = (1, scale.many, scale.heads, scale.head_dim)
     q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
     out, lse = kernel.forward(q, k, v, None)
-    flops = attention_flops(scale.many, scale.many, scale.heads * scale.head_dim)
+    flops = attention_flops(scale.many**2, scale.heads * scale.head_dim)
     forward = seconds_of(lambda: kernel.forward(q, k, v, None), device)
     backward = seconds_of(lambda: kernel.backward(dout, Attended(q, k, v, out, lse), None), device)
     return flops / forward, ATTENTION_BACKWARD * flops / backward

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from framework.config import EmaConfig
 from framework.ema import Ema
 from framework.parallel.fragments import Fragment, ParameterShard
-from framework.recipe import EmaConfig
 
 
 class Engine:

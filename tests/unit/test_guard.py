@@ -13,6 +13,7 @@ import torch
 
 from framework.checkpoint.fence import Fence, claim, read_skipped
 from framework.checkpoint.manifest import Manifest, Origin, Progress, checksum_of, decode_manifest, encode_manifest
+from framework.config import GuardConfig, OptimizerConfig, TrainConfig
 from framework.data.schedule import Work
 from framework.data.windows import Windows, data_step, data_steps, leave_out
 from framework.metrics import StepRecord
@@ -20,7 +21,7 @@ from framework.parallel.zero.engine import StepStats
 from framework.programs import train
 from framework.programs.guard import Ended, check_rollbacks, differing, norm_limit, with_norm
 from framework.programs.opening import went_on
-from framework.recipe import GuardConfig, OptimizerConfig, Recipe, TrainConfig
+from framework.recipe import Recipe
 from framework.run import BadNumbers
 from framework.storage.directory import Directory
 

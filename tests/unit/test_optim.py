@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from framework.config import OptimizerConfig, decays
 from framework.optim import adamw, learning_rate
-from framework.recipe import OptimizerConfig, decays
 
 CURVE = {"lr": 8.0, "warmup": 4, "decay_steps": 12, "final": 0.25}
 

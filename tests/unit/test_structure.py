@@ -13,7 +13,7 @@ from syntax import MODULES, REPOSITORY, ROOT, TREES, chain, functions, imported
 # A module imports only from rows above its own; entries of a row don't import each other. The longest match counts.
 ROWS: Final = (
     ("shapes", "keys", "fingerprint"),  # nouns of integers, which configs name in their signatures; hashes of files
-    ("*.config", "layers", "environment", "storage", "log"),
+    ("*.config", "config", "layers", "environment", "storage", "log"),
     ("plan.parameters", "stages.merge"),  # which a recipe's patterns name, and its stages
     ("recipe", "parallel.mesh", "parallel.fragments", "kernels", "history"),
     ("stages",),
@@ -31,9 +31,9 @@ ROWS: Final = (
     ),  # a run stores a recipe
     ("parallel.tensor_parallel", "parallel.context_parallel", "diffusion", "data", "heartbeat", "stacks"),
     ("models", "parallel.zero", "failure"),
-    ("checkpoint", "metrics", "profiling", "evaluate", "curate"),
+    ("checkpoint", "metrics", "profiling", "evaluate", "curate", "forecast"),
     ("programs", "launch"),
-    ("cli_bench", "cli_checkpoint", "cli_data", "cli_cluster", "cli_status", "cli_submit"),
+    ("cli_bench", "cli_checkpoint", "cli_data", "cli_cluster", "cli_plan", "cli_status", "cli_submit"),
     ("cli",),
 )
 

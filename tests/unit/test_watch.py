@@ -7,11 +7,12 @@ import pytest
 import torch
 from tiny import write_recipe
 
+from framework.config import LogConfig
 from framework.launch import check
 from framework.parallel.mesh import lone_mesh
 from framework.programs.config import WatchConfig
 from framework.programs.probe import Probe
-from framework.recipe import LogConfig, load_recipe
+from framework.recipe import load_recipe
 from framework.run import check_changes
 
 

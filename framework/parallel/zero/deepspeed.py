@@ -30,12 +30,12 @@ from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of
 from torch import Tensor, nn
 
 from framework.batch import Condition, Score, Tokens
+from framework.config import OptimizerConfig
 from framework.optim import adamw
 from framework.parallel.fragments import Fragment, ParameterShard, is_split, mark_split
 from framework.parallel.mesh import Group, Mesh
 from framework.parallel.zero.config import PrecisionConfig, ZeroConfig, check_engine
 from framework.parallel.zero.engine import StepStats, predict
-from framework.recipe import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -31,13 +31,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from framework.batch import Condition, Score, Tokens
+from framework.config import OptimizerConfig
 from framework.optim import adamw
 from framework.parallel.collectives import all_reduce_sum
 from framework.parallel.fragments import Fragment, ParameterShard, is_split
 from framework.parallel.mesh import Group, Mesh, cut_zero_group
 from framework.parallel.zero.config import Precision, PrecisionConfig, ZeroConfig, check_engine
 from framework.parallel.zero.engine import StepStats, predict
-from framework.recipe import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
