@@ -18,7 +18,17 @@ def window(frames: int, sinks: int) -> PatternConfig:
     return PatternConfig("window", window=WindowConfig(frames, sinks))
 
 
-PATTERNS = (FULL, causal(1), causal(3), window(0, 0), window(1, 0), window(1, 1), window(2, 3), window(0, 2), window(9, 1))
+PATTERNS = (
+    FULL,
+    causal(1),
+    causal(3),
+    window(0, 0),
+    window(1, 0),
+    window(1, 1),
+    window(2, 3),
+    window(0, 2),
+    window(9, 1),
+)
 
 
 def name_of(pattern: PatternConfig) -> str:
