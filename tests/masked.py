@@ -18,7 +18,17 @@ def window(frames: int, sinks: int) -> PatternConfig:
     return PatternConfig("window", window=WindowConfig(frames, sinks))
 
 
-PATTERNS = (FULL, causal(1), causal(3), window(0, 0), window(1, 0), window(1, 1), window(2, 3), window(0, 2), window(9, 1))
+PATTERNS = (
+    FULL,
+    causal(1),
+    causal(3),
+    window(0, 0),
+    window(1, 0),
+    window(1, 1),
+    window(2, 3),
+    window(0, 2),
+    window(9, 1),
+)
 
 
 def name_of(pattern: PatternConfig) -> str:
@@ -43,8 +53,9 @@ def sees(pattern: PatternConfig, query: int, key: int) -> bool:
 
 def mask_of(pattern: PatternConfig, frames: int, frame_tokens: int) -> Tensor:
     """`S S` bool: token by token."""
-    tokens = range(frames * frame_tokens)
-    return torch.tensor([[sees(pattern, q // frame_tokens, k // frame_tokens) for k in tokens] for q in tokens])
+    frame = [token // frame_tokens for token in range(frames * frame_tokens)]
+    by_frame = torch.tensor([[sees(pattern, query, key) for key in range(frames)] for query in range(frames)])
+    return by_frame[frame][:, frame]
 
 
 def masked_attention(q_bshd: Tensor, k_bshd: Tensor, v_bshd: Tensor, mask_ss: Tensor) -> Tensor:

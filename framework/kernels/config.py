@@ -102,6 +102,7 @@ class PatternConfig:
 class AttentionConfig:
     """`kernel`: `flash` is flash-attn 2, 3 or 4, whichever is installed; `cudnn` cuDNN's; `aten` torch's own;
     `reference` a plain softmax, slow and for checks. auto: the fastest that is there and can do what the recipe needs.
+    pattern: which tokens attend to each other, by any kernel.
     """
 
     kernel: KernelName = "auto"

@@ -139,10 +139,10 @@ class DiT(nn.Module):
 
         patches_bsp: in input order. positions_bs3: int64, counted in patches, of all tokens that attention sees here.
         timesteps_bt: 0 (clean) to 1000 (noise), at least float32. frame_index_bs: int64, each token's column in
-        timesteps_bt; without effect where t is 1. layout: which of the sample's tokens these are, None = all. text_bld:
-        `B L text_dim`. text_mask_bl: boolean, True = attend, the padding at the tail; None attends to all, as Wan does
-        with its zero padding. image_bnd: `B N image_dim`, if and only if the model has `image_dim`; first and last
-        frame make one N.
+        timesteps_bt; without effect where t is 1. layout: which of the sample's tokens these are and which of them
+        attend to each other, None = all. text_bld: `B L text_dim`. text_mask_bl: boolean, True = attend, the padding
+        at the tail; None attends to all, as Wan does with its zero padding. image_bnd: `B N image_dim`, if and only if
+        the model has `image_dim`; first and last frame make one N.
         """
         x_bsd = self.patch_embedding(patches_bsp)
         dtype, precise = x_bsd.dtype, compute_dtype(x_bsd.dtype)

@@ -16,7 +16,16 @@ from framework.plan.flops import attention_flops
 
 LIMIT = 1e-12
 # (dp, ring, ulysses, tp)
-MESHES = [(1, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (1, 3, 1, 1), (1, 4, 1, 1), (1, 2, 2, 1), (1, 2, 1, 2)]
+MESHES = [
+    (1, 1, 1, 1),
+    (1, 2, 1, 1),
+    (1, 1, 2, 1),
+    (1, 1, 1, 2),
+    (1, 3, 1, 1),
+    (1, 4, 1, 1),
+    (1, 2, 2, 1),
+    (1, 2, 1, 2),
+]
 CASES = [Case(MeshShape(*mesh), pattern, 7, 5) for mesh in MESHES for pattern in PATTERNS]
 CASES += [
     Case(MeshShape(1, 4, 1, 1), pattern, 3, 1) for pattern in (FULL, causal(1), window(0, 1))

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import write_recipe
+from tiny import write_latents, write_recipe
+
+from framework.shapes import ClipShape
 
 ROOT = Path(__file__).parents[2]
 CLEAN = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -56,6 +58,19 @@ def test_bfloat16_is_judged_by_its_own_error(tiny_shards: Path, tmp_path: Path) 
     )
     assert status == 0, out
     assert [line.split()[0] for line in out.splitlines()[-3:]] == ["dp=1", "tp=2,stage=3", "ring=2,stage=2"]
+
+
+def test_a_pattern_and_levels_by_frame(tmp_path: Path) -> None:
+    """5 latent frames of 2 tokens: two ranks share one. Every frame has a noise level of its own."""
+    latents = write_latents(tmp_path / "latents", clip=ClipShape(17, 16, 32))
+    words = [
+        "attention.pattern={name: window, window: {frames: 1, sinks: 1}}",
+        "flow.timesteps.per_frame=true",
+        "data.buckets=[{frames: 17, height: 16, width: 32}]",
+    ]
+    chosen = meshes("dp=1", "ring=2,engine=fsdp2,stage=3")
+    status, out, err = verify(write_recipe(tmp_path, latents, words), "--steps", "1", *chosen)
+    assert (status, err) == (0, "") and out.count("agrees") == 1, (out, err)
 
 
 LIE = """
@@ -124,6 +139,7 @@ def test_it_runs_inside_a_job(tiny_shards: Path, tmp_path: Path, shrink: list[st
 
 
 WAN_14B = """
+attention: {pattern: {name: window, window: {frames: 4, sinks: 1}}}
 tokenizer: {name: dct, dct: {coefficients: 16}}
 model: {text_dim: 256}
 data:
@@ -136,7 +152,7 @@ data:
 
 
 def test_a_14b_recipe_shrinks_to_a_laptop(tmp_path: Path) -> None:
-    """Heads, degrees and remainders of a model of 40 heads and 75,600 tokens, on two ranks."""
+    """Heads, degrees and remainders of a model of 40 heads and 75,600 tokens in a window, on two ranks."""
     recipe = tmp_path / "wan-14b.yaml"
     recipe.write_text(WAN_14B)
     status, out, err = verify(recipe, "--shrink", "--steps", "1", *meshes("dp=1", "ulysses=2", "tp=2,stage=3"))

@@ -3,7 +3,8 @@
 Mesh axes meet token counts that divide, that don't, that are prime and that leave ranks with padding only; heads that
 Ulysses doesn't divide (6 over 4 and 5, 3 over 2); a feed-forward width that tp doesn't divide (50 over 3 and 4);
 recompute; accumulation; empty slots; buckets with their own degrees; image-to-video; adapters and frozen
-weights; attention patterns over frames that ranks share, against a dense mask. The engine half is in test_engine_matrix.py. At the end, mistakes put in on purpose: each must be seen.
+weights; attention patterns over frames that ranks share, against a dense mask. The engine half is in
+test_engine_matrix.py. At the end, mistakes put in on purpose: each must be seen.
 """
 
 import itertools

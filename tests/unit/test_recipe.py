@@ -199,6 +199,9 @@ def test_a_wrong_type_names_the_key_and_the_value(word: str, key: str, value: st
         ("text.dropout=2", "text.dropout=2"),
         ("validation.every=5", "validation.shards is empty"),
         ("samples.every=5", "samples.prompts is empty"),
+        ("flow.timesteps={per_frame: true, stratified: true}", "set one of them to false"),
+        ("attention.pattern={name: block_causal, block_causal: {frames: 0}}", "block_causal.frames=0"),
+        ("attention.pattern.window.frames=4", "set attention.pattern.name=window or leave"),
         *[
             pytest.param(word, word.partition("=")[0])
             for word in (
@@ -251,6 +254,7 @@ WORDS: list[list[str]] = [
     [],
     ["optimizer.lr=1e-3", "optimizer.betas=[0.9, 0.99]", "mesh.dp=auto", "data.buckets.0.fps=23.976"],
     ["flow.timesteps.name=logit_normal", "flow.range=[0.875, 1]", "samples.prompts=['a: #b', \"it's\", 'yes', '1e3']"],
+    ["attention.pattern.name=window", "attention.pattern.window.sinks=2", "flow.timesteps.per_frame=true"],
     ["run='007'", "text.name=minilm", "model.text_dim=384", "optimizer.decay_steps=7", "resume.allow=[seed]"],
 ]
 

@@ -164,6 +164,7 @@ def test_free_keys_may_change(recipe_path: Path, stored: Recipe, word: str) -> N
         ("lora.rank=4", "lora.rank"),
         ("rope.time=ntk", "rope.time"),
         ("tokenizer.dct.scale=2", "tokenizer.dct.scale"),
+        ("flow.timesteps.per_frame=true", "flow.timesteps.per_frame"),
     ],
 )
 def test_keys_of_the_result_are_refused_by_name_unless_allowed(
@@ -175,6 +176,13 @@ def test_keys_of_the_result_are_refused_by_name_unless_allowed(
     check_changes(stored, load_recipe(recipe_path, [*words, f"resume.allow=[{key}]"]))
     with pytest.raises(ValueError, match=f"^{key}="):
         check_changes(stored, load_recipe(recipe_path, [*words, "resume.allow=[other]"]))
+
+
+def test_the_pattern_is_bound_though_the_kernel_is_free(recipe_path: Path, stored: Recipe) -> None:
+    words = ["optimizer.decay_steps=4", "attention.kernel=reference", "attention.pattern.name=block_causal"]
+    with pytest.raises(ValueError, match=r"^attention.pattern.block_causal.frames=1 differs from None"):
+        check_changes(stored, load_recipe(recipe_path, words))
+    check_changes(stored, load_recipe(recipe_path, [*words, "resume.allow=[attention.pattern.*]"]))
 
 
 def test_every_leaf_is_free_or_refused_on_purpose(stored: Recipe) -> None:
@@ -228,6 +236,14 @@ def test_a_stored_run_is_the_base_of_its_next_attempts(recipe_path: Path, tmp_pa
         resolve_invocation(recipe_path, ["model.num_layers=5"])
     with pytest.raises(ValueError, match=r"no run directory: it has no recipe.yaml"):
         recipe_of_run(tmp_path)
+
+
+def test_another_pattern_is_a_difference_though_the_kernel_is_auto(recipe_path: Path, tmp_path: Path) -> None:
+    start(recipe_path, [])
+    write_recipe(tmp_path, tmp_path / "latents", ["attention.pattern.name=block_causal"])
+    resolved = start(recipe_path, [])
+    assert "+    name: block_causal" in resolved.notes and resolved.recipe.attention.pattern.name == "full"
+    assert not any("kernel" in note for note in resolved.notes)
 
 
 def test_the_same_file_gives_no_note(recipe_path: Path) -> None:

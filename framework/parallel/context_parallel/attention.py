@@ -2,9 +2,9 @@
 
     q, k, v  B s H d  --all-to-all-->  B S h d  --ring-->  out  B S h d  --all-to-all-->  B s H d
 
-One autograd function, so that the order of the exchanges stands written in one place, forward and backward. Under
-recompute, what the kernel needs in its backward can be kept from the forward (`Kept`): neither the kernel nor an
-exchange is then repeated.
+Which tokens attend to each other says their layout (kernels/pattern.py). One autograd function, so that the order of
+the exchanges stands written in one place, forward and backward. Under recompute, what the kernel needs in its backward
+can be kept from the forward (`Kept`): neither the kernel nor an exchange is then repeated.
 
 Shapes: `B` samples, `s` tokens of a rank, `S` of a rank of the ring, `H` heads of this tp rank, `h` of this rank,
 `d` channels of a head.

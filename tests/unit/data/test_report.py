@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from masked import window
 from tiny import write_latents, write_recipe
 
 from framework.data.buckets import Stream
-from framework.data.budget import plan_batches
+from framework.data.budget import plan_batches, sample_costs
 from framework.data.config import BucketConfig, CacheConfig, DataConfig, StreamConfig
 from framework.data.goodput import bucket_works
 from framework.data.index import SampleIndex, SampleInfo, index_of
@@ -20,9 +21,12 @@ from framework.data.report import BucketReport, Report, report_of, to_json
 from framework.data.report_text import report_lines
 from framework.data.schedule import Place, Schedule
 from framework.data.shards import VIDEO_SCHEMA, Schema, ShardFile
-from framework.models.config import ModelConfig
+from framework.diffusion.config import FlowConfig, TimestepsConfig
+from framework.kernels.config import AttentionConfig
+from framework.models.config import ModelConfig, training_cost
 from framework.parallel.config import MeshConfig, MeshShape
 from framework.recipe import Recipe, TrainConfig
+from framework.text.config import text_length
 from framework.tokenizer.config import DctConfig, TokenizerConfig
 
 ONE = MeshShape(1, 1, 1, 1)
@@ -174,6 +178,24 @@ def test_it_cuts_as_the_schedule_does() -> None:
         seen.add(bucket)
         assert tuple(len(micro.slots) for micro in micros) == reported[bucket].micro_batches
     assert seen == {0, 1}
+
+
+def test_a_pattern_makes_long_clips_cheaper() -> None:
+    """4 frames of 2 tokens that see their own frame alone: 16 pairs for 64. On a ring of 3 the first rank's 3 tokens
+    see 2 each, as the second's do; the last has two tokens, and its padding isn't computed.
+    """
+    bucket = BucketConfig(13, 16, 32, fps=12.0)
+    full = recipe([bucket])
+    alone = replace(full, attention=AttentionConfig(pattern=window(0, 0)))
+    a, b = training_cost(full.model, text=text_length(full.text))
+    assert sample_costs(full)[0] - sample_costs(alone)[0] == pytest.approx(a * (64 - 16))
+    ring = MeshShape(1, 3, 1, 1)
+    works = [bucket_works(made, ring)[0] for made in (replace(made, mesh=MeshConfig(ring=3)) for made in (full, alone))]
+    assert (works[0].cost, works[0].padded) == pytest.approx((a * 64 + b * 8, a * 81 + b * 9))
+    assert (works[1].cost, works[1].padded) == pytest.approx((a * 16 + b * 8, a * 3 * 6 + b * 9))
+    framed = replace(alone, flow=FlowConfig(timesteps=TimestepsConfig(per_frame=True)))
+    more = 3 * 2 * 3 * full.model.width * (full.model.freq_dim + 7 * full.model.width)
+    assert sample_costs(framed)[0] - sample_costs(alone)[0] == pytest.approx(more)
 
 
 def test_warnings_name_what_to_change() -> None:

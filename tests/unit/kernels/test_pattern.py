@@ -11,6 +11,7 @@ from framework.kernels.attention import build_attention
 from framework.kernels.config import AttentionConfig, BlockCausalConfig, KernelName, PatternConfig, WindowConfig
 from framework.kernels.pattern import TokenPattern, attended_pairs, frame_keys, reaches
 from framework.models.layers import LocalAttention
+from framework.parallel.context_parallel.attention import ContextAttention
 from framework.parallel.mesh import lone_mesh
 
 
@@ -49,8 +50,8 @@ def test_any_tokens_of_a_clip(pattern: PatternConfig, queries: tuple[int, int]) 
 
 
 def test_pairs_by_hand() -> None:
-    """5 frames of 2 tokens, 4 pairs for two frames: blocks of 2 see 2, 2, 4, 4, 5 frames; a window of 1 sees 2, 3, 3, 3,
-    2, and with a sink of one frame 1 more from the third frame on.
+    """5 frames of 2 tokens, 4 pairs for two frames. Blocks of 2 see 2, 2, 4, 4, 5 frames; a window of 1 sees 2, 3, 3,
+    3, 2, and with a sink of one frame 1 more from the third frame on.
     """
     assert attended_pairs(TokenPattern(FULL, 2), 10) == 100
     assert attended_pairs(TokenPattern(causal(2), 2), 10) == 4 * 17
@@ -76,6 +77,26 @@ def test_one_device_computes_what_a_mask_does(pattern: PatternConfig, name: Kern
     for got, wanted in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
     assert kernel.forwards == kernel.backwards == 2 * 3 * mask.sum()
+
+
+@pytest.mark.parametrize("pattern", [causal(2), window(1, 1)], ids=name_of)
+def test_bfloat16_is_summed_in_float32(pattern: PatternConfig) -> None:
+    """As near to float64 as its rounding, in its own dtype: 64 pieces of a key's gradient summed in bfloat16 aren't."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(4, 2, 192, 2, 8, generator=generator).bfloat16()
+    layout, results = TokenLayout((192,), 0, lone_mesh(), TokenPattern(pattern, 3)), []
+    attention = ContextAttention(build_attention(AttentionConfig("aten")))
+    mask = mask_of(pattern, 64, 3)
+    for call, dtype in (
+        (lambda *x: masked_attention(*x, mask), torch.float64),
+        (lambda *x: attention(*x, layout), torch.bfloat16),
+    ):
+        inputs = [x.to(dtype).requires_grad_() for x in tokens[:3].clone()]
+        out = call(*inputs)
+        out.backward(tokens[3].to(dtype))
+        results.append([out, *(x.grad for x in inputs)])
+    for got, wanted in zip(results[1], results[0], strict=True):
+        assert got.dtype == torch.bfloat16 and (got - wanted).norm() <= 6e-3 * wanted.norm()
 
 
 def test_without_a_layout_all_see_all() -> None:

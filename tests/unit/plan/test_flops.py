@@ -38,6 +38,13 @@ def test_the_model_by_hand() -> None:
     assert step_flops(TINY, tokens=10, text=4).total == 3 * forward_flops(TINY, tokens=10, text=4).total
 
 
+def test_pairs_take_the_place_of_the_square() -> None:
+    """3 layers of width 12, a multiply-add for q k^T and one for p v."""
+    full, some = (step_flops(TINY, tokens=10, text=4, pairs=pairs) for pairs in (100, 37))
+    assert full == step_flops(TINY, tokens=10, text=4) and some.linears == full.linears
+    assert full.attention - some.attention == 3 * 3 * 2 * 2 * (100 - 37) * 12
+
+
 def test_wan_14b() -> None:
     """81 frames of 720p are 75,600 tokens, and 19.6 PFLOP."""
     flops = step_flops(ModelConfig(), tokens=75_600, text=512)
