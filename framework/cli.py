@@ -129,7 +129,9 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
     overrides: Overrides = None,
     *,
-    stage: Annotated[int | None, typer.Option(hidden=True, help="Of a rank: the stage that it was started for.")] = None,
+    stage: Annotated[
+        int | None, typer.Option(hidden=True, help="Of a rank: the stage that it was started for.")
+    ] = None,
 ) -> None:
     """Train, or resume what the run directory holds. Starts the local ranks itself unless RANK and WORLD_SIZE are
     set.
