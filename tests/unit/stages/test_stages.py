@@ -145,9 +145,14 @@ BEGUN = Progress(step=5, samples=20, stage=1, stage_step=3, stage_samples=12)
 AT_ITS_START = Progress(step=3, samples=12, stage=1, stage_step=3, stage_samples=12)
 
 
-def change(progress: Progress, *words: str) -> None:
+@pytest.fixture(scope="module")
+def stored() -> Recipe:
+    """Of a run in its second stage."""
+    return resolve_run(load(), 1)
+
+
+def change(stored: Recipe, progress: Progress, *words: str) -> None:
     """What a start with these words checks in a run that has come so far."""
-    stored = resolve_run(load(), 1)
     changed = adopt_resolved(load(*words), stored)
     check_stages(Resolved(changed, words, (), stored), progress)
 
@@ -163,8 +168,8 @@ def change(progress: Progress, *words: str) -> None:
     ],
     ids=" ".join,
 )
-def test_what_may_change(words: list[str]) -> None:
-    change(BEGUN, *words)
+def test_what_may_change(stored: Recipe, words: list[str]) -> None:
+    change(stored, BEGUN, *words)
 
 
 @pytest.mark.parametrize(
@@ -191,21 +196,20 @@ def test_what_may_change(words: list[str]) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_may_not(words: list[str], message: str) -> None:
+def test_what_may_not(stored: Recipe, words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        change(BEGUN, *words)
+        change(stored, BEGUN, *words)
 
 
-def test_a_stage_that_has_begun_is_not_left_out() -> None:
-    stored = resolve_run(load(), 1)
+def test_a_stage_that_has_begun_is_not_left_out(stored: Recipe) -> None:
     shorter = replace(stored, stages=stored.stages[:1])
     with pytest.raises(ValueError, match=r"stages\[1\] \(short\) of the run run has begun: it can't be left out"):
         check_stages(Resolved(shorter, (), (), stored), BEGUN)
     check_stages(Resolved(shorter, (), (), stored), AT_ITS_START)
 
 
-def test_before_its_first_checkpoint_a_stage_may_change() -> None:
-    change(AT_ITS_START, "stages.1.optimizer.lr=1", "stages.1.exit={steps: 1, samples: null}")
+def test_before_its_first_checkpoint_a_stage_may_change(stored: Recipe) -> None:
+    change(stored, AT_ITS_START, "stages.1.optimizer.lr=1", "stages.1.exit={steps: 1, samples: null}")
 
 
 def test_the_run_keeps_its_stages(tmp_path: Path) -> None:
