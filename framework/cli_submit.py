@@ -7,14 +7,16 @@ from typing import Annotated
 import typer
 
 from framework import log
+from framework.launch.chain import build_chain, submit_chain
 from framework.launch.cluster import load_cluster
+from framework.launch.config import ClusterConfig
 from framework.launch.job import Job
 from framework.launch.script import script_of
 from framework.launch.snapshot import snapshot_path
 from framework.launch.submit import Request, build_job, check_free, discard, submit_all, summary, write_job
 from framework.launch.sweep import read_sweep
 from framework.recipe import load_recipe
-from framework.run import resolve_invocation
+from framework.run import Resolved, resolve_invocation
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -34,6 +36,11 @@ def submit(
 ) -> None:
     """Train on a Slurm cluster: check, submit, and come back by itself after preemption, time limits and failures."""
     words, found, request = list(overrides or []), load_cluster(cluster), Request(nodes, after)
+    if load_recipe(recipe, words).stages:
+        if array is not None:
+            raise ValueError(f"--array {array}: each stage of a run is a job of its own: submit its runs one by one")
+        submit_stages(resolve_invocation(recipe, words), found, request, dry_run=dry_run)
+        return
     jobs: list[Job] = []
     for number, row in enumerate(read_sweep(array)) if array is not None else [(-1, [])]:
         if array is not None and any(word.startswith("run=") for word in row):
@@ -66,3 +73,22 @@ def submit(
         raise
     for job, job_id in zip(jobs, ids, strict=True):
         log.line(f"submitted {job.run} as job {job_id}; `cuboid status {job.run}` tells how it goes")
+
+
+def submit_stages(invocation: Resolved, cluster: ClusterConfig, request: Request, *, dry_run: bool) -> None:
+    """A job for each stage that is left, each waiting for the one before."""
+    links, notes = build_chain(invocation, cluster, request)
+    for note in (*invocation.notes, *notes):
+        log.line(note)
+    for link in links:
+        if dry_run:
+            log.line(script_of(replace(link.job, code=str(snapshot_path(Path(link.job.folder).parent)))))
+        for line in link.lines():
+            log.line(line)
+    if dry_run:
+        return
+    run = Path(links[0].job.run)
+    check_free(run)
+    for link, job_id in zip(links, submit_chain(links, invocation.recipe), strict=True):
+        log.line(f"submitted stage {link.stage.name} of {run} as job {job_id}")
+    log.line(f"`cuboid status {run}` tells how it goes")

@@ -1,6 +1,6 @@
 """What has happened to a run from outside: RUN/jobs/history.jsonl, one event a line, appended by whoever did it.
 
-    submitted   a job was handed to the scheduler        job, cluster, nodes (wanted)
+    submitted   a job was handed to the scheduler        job, cluster, nodes (wanted), after (the stage before's job)
     started     the job got its nodes                     job, restart, nodes
     launched    ranks were started for an attempt         job, attempt, nodes, ranks
     ended       the attempt is over                       job, attempt, outcome, reason, kind, step (saved), node
@@ -46,6 +46,7 @@ class Event:
     step: int | None = None
     node: str | None = None
     kind: str | None = None
+    after: str | None = None
 
 
 class History:

@@ -202,6 +202,8 @@ def outside(events: Sequence[Event], time: float) -> str | None:
                 part = "between"
             case "finished" | "cancelled":
                 waiting.discard(event.job)
+                if event.outcome != "done":  # what follows it never starts
+                    waiting.clear()
                 part = "queue" if waiting else "idle"
     return part
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from framework.history import Event, History, now
-from framework.launch.facts import Facts, is_elsewhere, open_job
+from framework.launch.facts import Facts, is_elsewhere, open_job, waiting_jobs
 from framework.launch.queue import OVER, Scheduler
 
 
@@ -24,6 +24,11 @@ def cancel(facts: Facts, scheduler: Scheduler) -> Iterator[str]:
         if known.state in OVER:
             raise ValueError(f"nothing to cancel: job {job} of {facts.path} is over ({known.state})")
         again = any(event.event == "cancelled" and event.job == job for event in facts.events)
+        for other in waiting_jobs(facts.events):
+            if other != job:  # of a later stage
+                History(facts.path).add(Event("cancelled", now(), job=other))
+                scheduler.cancel(other)
+                yield f"job {other} of a later stage is cancelled"
         History(facts.path).add(Event("cancelled", now(), job=job))
         if known.state == "PENDING" or newest is None or not newest.alive:
             scheduler.cancel(job)

@@ -109,19 +109,31 @@ def started_by_hand(events: Sequence[Event], newest: Attempt | None) -> bool:
 
 def open_job(events: Sequence[Event]) -> str | None:
     """The job that is to run or runs: the last that began, else the first that waits; None when all are over."""
-    waiting: list[str] = []
+    waiting = waiting_jobs(events)
     begun: list[str] = []
     for event in events:
         if event.job is None:
             continue
         if event.event in ("finished", "cancelled"):
-            waiting = [job for job in waiting if job != event.job]
             begun = [job for job in begun if job != event.job]
-        elif event.event == "submitted":  # which is refused while an earlier job could still run
-            waiting = [event.job]
         elif event.event in ("started", "launched"):
             begun.append(event.job)
     return begun[-1] if begun else waiting[0] if waiting else None
+
+
+def waiting_jobs(events: Sequence[Event]) -> list[str]:
+    """The jobs that haven't ended: the last one that was submitted, which is refused while an earlier one could still
+    run, or those of the last run's stages, of which none follows one that didn't end well.
+    """
+    waiting: list[str] = []
+    ended = {event.job: event for event in events if event.event in ("finished", "cancelled")}
+    bad = {job for job, event in ended.items() if event.outcome != "done"}
+    for event in events:
+        if event.event == "submitted" and event.job is not None:
+            if event.after in bad:
+                bad.add(event.job)
+            waiting = [*waiting, event.job] if event.after is not None else [event.job]
+    return [job for job in waiting if job not in ended and job not in bad]
 
 
 def newest_job(events: Sequence[Event]) -> str | None:

@@ -58,6 +58,8 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
         phase = f", in {status.phase}" if status.phase is not None else ""
         heard = f", last sign {duration(status.silence)} ago" if status.silence is not None else ""
         yield "attempt", f"{status.attempt}{phase}{heard}"
+    if status.stage is not None:
+        yield "stage", f"{status.stage}, to step {status.last:,} at the latest"
     if status.nodes:
         ranks = f", {status.ranks} ranks" if status.ranks is not None else ""
         yield "nodes", f"{' '.join(status.nodes)}{ranks}"

@@ -47,6 +47,7 @@ class Status:
     """A run at a glance. job, nodes, ranks: of the newest start, None for one by hand. silence: seconds since the last
     sign of an attempt that should run. eta: seconds to the last step at the mean pace of this attempt. checkpoint: step
     of the newest; age: its seconds. reason: of the last end. usual: seconds of a step, mean of this attempt.
+    stage: of the newest attempt, in a run that has any; step and last are the run's.
     """
 
     run: str
@@ -73,6 +74,7 @@ class Status:
     account: Account
     slowest: SlowNode | None
     excluded: tuple[str, ...]
+    stage: str | None = None
 
 
 def state_of(facts: Facts) -> tuple[State, str]:
@@ -136,6 +138,8 @@ def state_by_hand(facts: Facts) -> tuple[State, str]:
     if newest.verdict is None:
         return "LOST", "its process is gone without a verdict; the same command resumes"
     if newest.verdict.outcome == "done":
+        if newest.verdict.follow:
+            return "STOPPED", f"stage {newest.verdict.stage} is done; the same command goes on with the next"
         return "DONE", ""
     return "STOPPED", f"{end_reason(newest.verdict)}; the same command resumes"
 
@@ -246,6 +250,7 @@ def status_of(facts: Facts) -> Status:
         account=account(facts.events, facts.attempts, facts.now),
         slowest=None if beat is None else slowest_node(beat.compute, nodes),
         excluded=excluded_nodes(facts.events),
+        stage=(beat.stage or None) if beat is not None else None,
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from framework.history import FILE, JOBS, Event, History, now
 from framework.launch.check import check_data, check_start, check_store
 from framework.launch.config import ClusterConfig
-from framework.launch.facts import is_place, read_facts
+from framework.launch.facts import is_place, read_facts, waiting_jobs
 from framework.launch.job import Job
 from framework.launch.nodes import excluded, nodes_path
 from framework.launch.placement import check_placement
@@ -29,6 +29,8 @@ from framework.launch.supervisor import supervise
 from framework.parallel.config import MeshShape, nearest_shapes, resolve_mesh
 from framework.recipe import Recipe, bucket_degrees, to_yaml
 from framework.run import CHECKPOINTS, Resolved, write_atomically
+from framework.stages.merge import Stage
+from framework.stages.recipes import recipe_at
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,10 @@ def shapes_of(recipe: Recipe, cluster: ClusterConfig, nodes: tuple[int, int]) ->
     return [resolve_mesh(recipe.mesh, num_ranks=count * cluster.ranks_per_node) for count in counts]
 
 
-def check_request(recipe: Recipe, cluster: ClusterConfig, nodes: tuple[int, int], request: Request) -> list[str]:
-    """Refuse what can't work. Returns what a person should know. Raises ValueError."""
+def check_request(
+    recipe: Recipe, cluster: ClusterConfig, nodes: tuple[int, int], request: Request, *, staged: bool
+) -> list[str]:
+    """Refuse what can't work. Returns what a person should know. Raises ValueError. staged: the recipe is a stage's."""
     notes: list[str] = []
     gpus = cluster.ranks_per_node if cluster.gpus else 0
     for shape in shapes_of(recipe, cluster, nodes):
@@ -87,7 +91,7 @@ def check_request(recipe: Recipe, cluster: ClusterConfig, nodes: tuple[int, int]
     check_data(recipe)
     waits = recipe.init_from if request.after and same_place(recipe.init_from, request.after) else ""
     done = check_store(replace(recipe, init_from="") if waits else recipe)
-    if done >= recipe.train.steps:
+    if done >= recipe.train.steps and not staged:
         raise ValueError(f"the run {recipe.run} is finished: {done} of {recipe.train.steps} steps are done")
     return list(dict.fromkeys(notes))
 
@@ -97,16 +101,22 @@ def same_place(init_from: str, run: Path) -> bool:
     return bool(init_from) and Path(init_from).resolve() == run.resolve()
 
 
-def build_job(invocation: Resolved, cluster: ClusterConfig, request: Request) -> tuple[Job, list[str]]:
-    """The job of a checked start, and what a person should know of it. Writes nothing. Raises ValueError."""
-    recipe = invocation.recipe
+def build_job(
+    invocation: Resolved, cluster: ClusterConfig, request: Request, *, stage: Stage | None = None, ahead: int = 0
+) -> tuple[Job, list[str]]:
+    """The job of a checked start, and what a person should know of it. Writes nothing. Raises ValueError.
+
+    stage: that the job trains, of a recipe with stages. ahead: jobs of the same submission before this one.
+    """
+    recipe = recipe_at(invocation.recipe, None if stage is None else stage.index)
     nodes = node_range(request.nodes, recipe, cluster)
-    notes = check_request(recipe, cluster, nodes, request)
+    notes = check_request(recipe, cluster, nodes, request, staged=stage is not None)
     run = Path(recipe.run).resolve()
-    folder = run / JOBS / f"{number_of(run):04}"
+    folder = run / JOBS / f"{number_of(run) + ahead:04}"
     words = [word for word in invocation.overrides if not word.startswith("run=")]
+    words += [] if stage is None else ["--stage", str(stage.index)]
     job = Job(
-        name=f"cuboid-{run.name}",
+        name=f"cuboid-{run.name}" + ("" if stage is None else f"-{stage.name}"),
         run=str(run),
         folder=str(folder),
         code="",
@@ -160,9 +170,8 @@ def dependency_of(after: Path | None) -> str:
     submitted = next((event for event in reversed(events) if event.event == "submitted"), None)
     if submitted is None:
         raise ValueError(f"--after {after}: no job of that run was ever submitted: cuboid submit it first")
-    own = [event for event in events if event.job == submitted.job]
-    last = next((event for event in reversed(own) if event.event in ("finished", "cancelled")), None)
-    if last is not None:
+    last = next((event for event in reversed(events) if event.event in ("finished", "cancelled")), None)
+    if last is not None and submitted.job not in waiting_jobs(events):
         if last.outcome == "done":
             return ""
         raise ValueError(
@@ -177,9 +186,12 @@ def check_free(run: Path) -> None:
         facts = read_facts(run, now())
         if facts.local and facts.newest is not None and facts.newest.alive:
             raise ValueError(f"the run {run} is being trained, started by hand. `cuboid cancel {run}` ends it")
-    submitted = next((event for event in reversed(History(run).events()) if event.event == "submitted"), None)
-    state = find_scheduler().job(submitted.job) if submitted is not None and submitted.job else None
-    if state is not None and state.state not in OVER:
+    events = History(run).events()
+    submitted = [event.job for event in events if event.event == "submitted" and event.job is not None]
+    for job in dict.fromkeys([*submitted[-1:], *waiting_jobs(events)]):
+        state = find_scheduler().job(job)
+        if state is None or state.state in OVER:
+            continue
         raise ValueError(f"the run {run} has a job already: {state.job}, {state.state}. `cuboid cancel {run}` ends it")
 
 
@@ -207,9 +219,9 @@ def discard(job: Job) -> None:
             Path(job.run).rmdir()
 
 
-def submit_all(jobs: Sequence[Job]) -> list[str]:
+def submit_all(jobs: Sequence[Job], *, after: str | None = None) -> list[str]:
     """Hand jobs to the scheduler: one, or several of the same shape as an array. Their numbers. Raises ValueError
-    where there is no scheduler here, or it refuses them.
+    where there is no scheduler here, or it refuses them. after: the job of the run's stage before.
     """
     import submitit
 
@@ -224,6 +236,6 @@ def submit_all(jobs: Sequence[Job]) -> list[str]:
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(f"sbatch refused the job: {str(error).strip()}") from None
     for job, handed in zip(jobs, made, strict=True):
-        event = Event("submitted", now(), job=handed.job_id, cluster=job.cluster.name, nodes=None)
+        event = Event("submitted", now(), job=handed.job_id, cluster=job.cluster.name, nodes=None, after=after)
         History(Path(job.run)).add(event)
     return [handed.job_id for handed in made]

@@ -84,7 +84,8 @@ def judge(seen: Evidence) -> Ended:
     saved = verdict.step if verdict is not None else -1 if beat is None else beat.saved
     saved = saved or -1  # a verdict at step 0 has saved nothing
     if verdict is not None and verdict.outcome == "done":
-        return Ended("done", f"all {verdict.step} steps are done", saved)
+        what = f"stage {verdict.stage} is done, at step {verdict.step}" if verdict.follow else None
+        return Ended("done", what or f"all {verdict.step} steps are done", saved)
     if seen.cancelled:
         how = "nothing was saved for it" if verdict is None else saved_words(verdict, beat)
         return Ended("cancelled", f"cancelled; {how}", saved)

@@ -1,11 +1,15 @@
 """The recipes of a run's stages, and what `auto` stood for when each began."""
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
+from typing import Final
 
 from framework.layers import Tree
 from framework.recipe import Recipe, build_recipe, resolve_auto, to_tree
 from framework.stages.merge import Stage, build_stage, read_stages
+
+# Section and name of what `resolve_auto` resolves.
+AUTOS: Final = (("attention", "kernel"), ("optimizer", "decay_steps"))
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -29,30 +33,35 @@ def resolve_run(recipe: Recipe, index: int | None) -> Recipe:
         return resolve_auto(recipe)
     entries = copy.deepcopy(recipe.stages)
     for entry, number in zip(entries, range(index + 1), strict=False):
-        stage = stage_recipe(recipe, number)
-        resolved = resolve_auto(stage)
-        before, now = asdict(stage.attention), asdict(resolved.attention)
-        pin(entry, "attention", {name: value for name, value in now.items() if value != before[name]})
-        if stage.optimizer.decay_steps == "auto":
-            pin(entry, "optimizer", {"decay_steps": resolved.optimizer.decay_steps})
+        if autos := autos_of(recipe, entry):
+            resolved = resolve_auto(stage_recipe(recipe, number))
+            for section, name in autos:
+                pin(entry, section, name, getattr(getattr(resolved, section), name))
     return replace(recipe, stages=entries)
-
-
-def pin(entry: Tree, section: str, values: Tree) -> None:
-    """Write values into a section of a stage."""
-    if values:
-        entry[section] = (entry.get(section) or {}) | values
 
 
 def adopt_resolved(recipe: Recipe, stored: Recipe) -> Recipe:
     """A recipe in which `auto` stands for what it stood for in the run whose recipe is stored."""
     entries = copy.deepcopy(recipe.stages)
-    for entry, old, index in zip(entries, stored.stages, range(len(entries)), strict=False):
-        if entry["name"] != old["name"]:
-            continue
-        stage, then = stage_recipe(recipe, index), stage_recipe(stored, index)
-        if stage.attention.kernel == "auto" and then.attention.kernel != "auto":
-            pin(entry, "attention", {name: value for name, value in asdict(then.attention).items() if name == "kernel"})
-        if stage.optimizer.decay_steps == "auto" and then.optimizer.decay_steps != "auto":
-            pin(entry, "optimizer", {"decay_steps": then.optimizer.decay_steps})
+    for entry, old in zip(entries, stored.stages, strict=False):
+        if entry["name"] == old["name"]:
+            for section, name in autos_of(recipe, entry):
+                if (value := value_of(stored, old, section, name)) != "auto":
+                    pin(entry, section, name, value)
     return replace(recipe, stages=entries)
+
+
+def autos_of(recipe: Recipe, entry: Tree) -> list[tuple[str, str]]:
+    """The keys of a stage that are still auto."""
+    return [(section, name) for section, name in AUTOS if value_of(recipe, entry, section, name) == "auto"]
+
+
+def value_of(recipe: Recipe, entry: Tree, section: str, name: str) -> object:
+    """A key of a stage: its own, else the recipe's."""
+    own: Tree = entry.get(section) or {}
+    return own[name] if name in own else getattr(getattr(recipe, section), name)
+
+
+def pin(entry: Tree, section: str, name: str, value: object) -> None:
+    """Write a key into a stage."""
+    entry[section] = (entry.get(section) or {}) | {name: value}

@@ -1,0 +1,91 @@
+"""Where a stage ends: after its samples, or on a plateau."""
+
+from pathlib import Path
+
+import pytest
+from tiny import recipe_tree
+
+from framework.checkpoint.manifest import Progress
+from framework.data.buckets import streams_of
+from framework.parallel.mesh import lone_mesh
+from framework.programs import build
+from framework.programs.stage import StageEnd, is_flat, last_step, with_loss
+from framework.recipe import Recipe, build_recipe
+from framework.stages.config import ExitConfig, PlateauConfig
+from framework.stages.merge import Stage
+
+
+def tiny(shards: Path) -> Recipe:
+    return build_recipe(recipe_tree(shards, Path("run")))
+
+
+def test_a_stage_ends_with_the_step_that_has_its_samples(tiny_shards: Path) -> None:
+    """4 a step: 10 samples are three steps, 8 are two; from the middle on, what is left."""
+    recipe = tiny(tiny_shards)
+    mesh = lone_mesh()
+    schedule = build.build_schedule(recipe, streams_of(recipe), [mesh], stage=1, first=13)
+    for samples, steps in ((1, 1), (8, 2), (9, 3), (10, 3), (12, 3), (13, 4)):
+        stage = Stage(1, "a", ExitConfig(samples=samples), {})
+        begun = Progress(step=10, samples=40, skipped=((4, 3),)).next_stage()
+        assert last_step(recipe, stage, begun, schedule) == 10 + steps
+        assert schedule.samples(steps) >= samples > schedule.samples(steps - 1)
+        later = Progress(
+            step=11, samples=44, skipped=((4, 3),), stage=1, stage_step=10, stage_samples=40, stage_data=13
+        )
+        if steps > 1:
+            assert last_step(recipe, stage, later, schedule) == 10 + steps
+    assert last_step(recipe, Stage(1, "a", ExitConfig(steps=4), {}), begun, schedule) == 14
+    assert last_step(recipe, None, Progress(step=2), schedule) == 4
+
+
+def test_each_stage_has_an_order_of_its_own(tiny_shards: Path) -> None:
+    """Which begins at its first data step, whatever that is; the step by which noise is keyed goes on."""
+    recipe = tiny(tiny_shards)
+    streams, meshes = streams_of(recipe), [lone_mesh()]
+    plain, first, later = (
+        build.build_schedule(recipe, streams, meshes, stage=stage, first=at) for stage, at in ((0, 0), (1, 3), (1, 30))
+    )
+    assert first[3].micro_batches == later[30].micro_batches
+    assert (first[3].step, later[30].step) == (3, 30)
+    uids = [[slot.uid for step in range(2) for slot in each.slots(step)] for each in (plain, first)]
+    assert uids[0] != uids[1] and sorted(uids[0]) == sorted(uids[1]), "one epoch of eight samples, in another order"
+
+
+PLATEAU = PlateauConfig(evaluations=2, min_improvement=0.1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "flat"),
+    [
+        ([1.0], False),
+        ([1.0, 1.0], False),
+        ([1.0, 1.0, 1.0], True),
+        ([1.0, 0.91, 0.92], True),
+        ([1.0, 0.91, 0.89], False),
+        ([1.0, 0.89, 2.0], False),
+        ([1.0, 0.5, 1.0, 0.46], True),  # against the best, not the one before
+        ([3.0, 0.5, 0.4, 0.37], False),
+        ([3.0, 0.5, 0.4, 0.37, 0.5, 0.4], True),
+    ],
+)
+def test_a_plateau(losses: list[float], flat: bool) -> None:
+    """And what is kept of the losses is enough to see it."""
+    kept: tuple[float, ...] = ()
+    for loss in losses:
+        kept = with_loss(kept, loss, PLATEAU)
+    assert is_flat(kept, PLATEAU) == flat and len(kept) <= 3
+    best = [min(losses[:-2]), *losses[-2:]] if len(losses) > 2 else losses
+    assert list(kept) == best
+
+
+def test_only_a_plateau_ends_early() -> None:
+    group = lone_mesh().control
+    end = StageEnd(Stage(0, "a", ExitConfig(steps=9, plateau=PLATEAU), {}), group)
+    progress = Progress(step=3, evaluations=(1.0, 1.0))
+    assert not end.is_reached(progress, 9) and end.is_reached(progress, 3)
+    assert end.validated(progress, None) == progress
+    flat = end.validated(progress, 0.95)
+    assert flat.evaluations == (1.0, 1.0, 0.95) and end.is_reached(flat, 9)
+    plain = StageEnd(None, group)
+    assert plain.validated(progress, 0.95) == progress and plain.hand_over(progress) == progress
+    assert not plain.is_reached(flat, 9)
