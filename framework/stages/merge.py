@@ -28,6 +28,7 @@ NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 # What a stage may change. All else is one for the run: what has weights, what seeds, where things lie.
 OPEN: Final = (
     "mesh.*",
+    "hardware.*",
     "zero.*",
     "execution.*",
     "attention.*",
