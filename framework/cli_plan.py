@@ -7,13 +7,15 @@ from typing import Annotated
 import typer
 
 from framework import log
-from framework.forecast.forecast import forecast
+from framework.environment import gpu_name
+from framework.forecast.forecast import Forecast, forecast
 from framework.forecast.search import search
-from framework.forecast.text import forecast_lines, layout_lines, layouts_json, to_json
+from framework.forecast.text import forecast_lines, layout_lines, layouts_json, to_json, total_lines
 from framework.launch.calibrate import calibrate as measure
 from framework.parallel.config import resolve_mesh
-from framework.plan.hardware import load_hardware
-from framework.recipe import load_recipe
+from framework.plan.hardware import Hardware, hardware_names, load_hardware
+from framework.recipe import Recipe, load_recipe
+from framework.stages.recipes import stage_recipe, stages_of
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -45,18 +47,56 @@ def plan(
     if recipe is None:
         raise ValueError("name a recipe: cuboid plan RECIPE, or cuboid plan --calibrate --out FILE.yaml")
     loaded = load_recipe(recipe, overrides or [])
-    hardware = load_hardware(gpu or loaded.hardware.name or "h100")
+    hardware = load_hardware(described(gpu or loaded.hardware.name))
     wanted = gpus if gpus is not None else loaded.hardware.gpus or None
     if wanted is not None and wanted < 1:
         raise ValueError(f"--gpus {wanted} must be at least 1")
+    parts = [(stage.name, stage_recipe(loaded, stage.index)) for stage in stages_of(loaded)] or [("", loaded)]
     if find:
-        layouts = search(loaded, hardware, gpus=wanted or resolve_mesh(loaded.mesh, num_ranks=None).world_size)
-        for text in [json_.dumps(layouts_json(layouts))] if json else layout_lines(layouts):
-            log.line(text)
-        return
-    shape = resolve_mesh(loaded.mesh, num_ranks=wanted)
-    found = forecast(loaded, shape, hardware)
-    for text in [json_.dumps(to_json(found))] if json else forecast_lines(found):
+        lines, plain = ranked(parts, hardware, wanted)
+    else:
+        lines, plain = planned(parts, hardware, wanted)
+    for text in [json_.dumps(plain)] if json else lines:
         log.line(text)
-    if not found.memory.fits:
-        raise ValueError(found.memory.refusal())
+
+
+def described(name: str) -> str:
+    """The description to plan by: what was named, else that of this machine's GPU. Raises ValueError without either."""
+    if name:
+        return name
+    found = next((each for each in hardware_names() if each in gpu_name().lower()), None)
+    if found is None:
+        raise ValueError(
+            f"for which hardware? Say --gpu {'|'.join(hardware_names())}, or hardware.name in the recipe; "
+            "cuboid plan --calibrate --out FILE.yaml measures this machine for --gpu FILE.yaml"
+        )
+    return found
+
+
+def planned(parts: list[tuple[str, Recipe]], hardware: Hardware, gpus: int | None) -> tuple[list[str], object]:
+    """The forecast of each stage, as lines and as plain data. Raises ValueError where one doesn't fit, having said it
+    all.
+    """
+    lines: list[str] = []
+    found: list[Forecast] = []
+    for name, recipe in parts:
+        found.append(forecast(recipe, resolve_mesh(recipe.mesh, num_ranks=gpus), hardware, stage=name))
+        lines += [*forecast_lines(found[-1]), ""]
+    refused = [each for each in found if not each.memory.fits]
+    if refused:
+        for text in lines:
+            log.line(text)
+        where = f"stage {refused[0].stage}: " if refused[0].stage else ""
+        raise ValueError(where + refused[0].memory.refusal())
+    return [*lines, *total_lines(found)], to_json(found)
+
+
+def ranked(parts: list[tuple[str, Recipe]], hardware: Hardware, gpus: int | None) -> tuple[list[str], object]:
+    """The layouts of each stage that fit."""
+    lines, plain = [], []
+    for name, recipe in parts:
+        number = gpus or resolve_mesh(recipe.mesh, num_ranks=None).world_size
+        layouts = search(recipe, hardware, gpus=number)
+        lines += [f"stage {name}" if name else "", *layout_lines(layouts), ""]
+        plain.append({"stage": name, "layouts": layouts_json(layouts)})
+    return lines, plain

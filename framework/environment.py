@@ -208,14 +208,24 @@ def visible_gpus() -> int:
 
 
 def gpu_capability() -> tuple[int, int] | None:
-    """Compute capability of this machine's first GPU, asked of the driver's own tool; None where that can't tell."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    """Compute capability of this machine's first GPU; None where the driver's tool can't tell."""
+    major, _, minor = ask_driver("compute_cap").partition(".")
+    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
+
+
+def gpu_name() -> str:
+    """What the driver calls this machine's first GPU, "" where its tool can't tell."""
+    return ask_driver("name")
+
+
+def ask_driver(what: str) -> str:
+    """One property of the first GPU, by the driver's own tool."""
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
-    major, _, minor = answer.strip().partition("\n")[0].partition(".")
-    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
+        return ""
+    return answer.strip().partition("\n")[0]
 
 
 def pass_over_notices() -> None:

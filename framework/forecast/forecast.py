@@ -58,6 +58,7 @@ class Forecast:
     """
 
     run: str
+    stage: str
     hardware: str
     mesh: MeshShape
     layout: str
@@ -79,7 +80,7 @@ class Forecast:
     assumed: tuple[str, ...]
 
 
-def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware) -> Forecast:
+def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware, *, stage: str = "") -> Forecast:
     """Of a checked recipe. Raises ValueError where the mesh can't be split as the buckets say."""
     recipe = resolve_degrees(recipe, shape)
     deal, weights = deal_of(recipe), weights_of(recipe, shape.tp)
@@ -93,6 +94,7 @@ def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware) -> Forecast:
     sizes = [latent_bytes(recipe, index) for index in range(len(draws))]
     return Forecast(
         run=recipe.run,
+        stage=stage,
         hardware=hardware.name,
         mesh=shape,
         layout=f"ZeRO stage {recipe.zero.stage} ({recipe.zero.engine}), {recipe.precision.parameters}, recompute "

@@ -5,11 +5,12 @@ communicators take, and what the allocator reserves besides. What counts against
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from framework.forecast.draws import Draw
+from framework.data.splits import resolve_degrees
+from framework.forecast.draws import Draw, deal_of, draws_of
 from framework.parallel.config import AXES, GROUP_AXES, MeshShape
 from framework.plan.hardware import Hardware
 from framework.plan.peak import Peak, peak_of
-from framework.plan.sent import Weights
+from framework.plan.sent import Weights, weights_of
 from framework.recipe import Recipe
 
 
@@ -67,6 +68,13 @@ def memory_of(recipe: Recipe, shape: MeshShape, hardware: Hardware, draws: Seque
         headroom=(device.headroom - 1) * (step.total + ema),
         capacity=device.memory,
     )
+
+
+def plan_memory(recipe: Recipe, shape: MeshShape, hardware: Hardware) -> Memory:
+    """Of a rank, from the recipe alone. Raises ValueError where the mesh can't be split as the buckets say."""
+    recipe = resolve_degrees(recipe, shape)
+    draws = draws_of(recipe, shape, deal_of(recipe))
+    return memory_of(recipe, shape, hardware, draws, weights_of(recipe, shape.tp))
 
 
 def num_communicators(shapes: Iterable[MeshShape]) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from framework.data.report_text import size, table
-from framework.forecast.forecast import BucketForecast, Forecast
+from framework.forecast.forecast import VERSION, BucketForecast, Forecast
 from framework.forecast.memory import Memory
 from framework.forecast.search import Layout
 from framework.plan.time import StepTime
@@ -26,11 +26,11 @@ COLUMNS = (
 
 def forecast_lines(found: Forecast) -> list[str]:
     """The whole plan."""
-    mesh = found.mesh
+    mesh, stage = found.mesh, f", stage {found.stage}" if found.stage else ""
     trained = "" if found.trained == found.parameters else f", {found.trained:,} of them trained"
     return [
-        f"{found.run}: {found.parameters:,} parameters{trained}; {mesh} = {mesh.world_size:,} x {found.hardware}; "
-        f"{found.layout}",
+        f"{found.run}{stage}: {found.parameters:,} parameters{trained}",
+        f"{mesh} = {mesh.world_size:,} x {found.hardware}; {found.layout}",
         "",
         *table([COLUMNS, *(bucket_row(bucket) for bucket in found.buckets)]),
         "",
@@ -40,6 +40,21 @@ def forecast_lines(found: Forecast) -> list[str]:
         "",
         *end_lines(found),
     ]
+
+
+def total_lines(found: Sequence[Forecast]) -> list[str]:
+    """What several stages take together, and which numbers of the hardware nobody has measured."""
+    lines = []
+    if len(found) > 1:
+        hours, gpu_hours, cost = (sum(getattr(each, name) for each in found) for name in ("hours", "gpu_hours", "cost"))
+        samples = sum(each.samples for each in found)
+        lines.append(
+            f"all {len(found)} stages: {samples:,.0f} samples, {hours:,.1f} h, {gpu_hours:,.0f} GPU-hours, about "
+            f"${cost:,.0f}"
+        )
+    if found[0].assumed:
+        lines.append(f"assumed of {found[0].hardware}, not measured: {', '.join(found[0].assumed)}")
+    return lines
 
 
 def bucket_row(bucket: BucketForecast) -> tuple[str, ...]:
@@ -123,9 +138,12 @@ def layout_lines(layouts: Sequence[Layout], *, most: int = 10) -> list[str]:
     ]
 
 
-def to_json(found: Forecast) -> dict[str, object]:
-    """The forecast as plain data: its fields by name, memory and time by part with their sums."""
-    return asdict(found) | {"memory": memory_json(found.memory), "time": time_json(found.time)}
+def to_json(found: Sequence[Forecast]) -> dict[str, object]:
+    """The plan as plain data: of each stage (one without a name in a recipe without stages) the fields of Forecast,
+    memory and time by part with their sums.
+    """
+    parts = [asdict(each) | {"memory": memory_json(each.memory), "time": time_json(each.time)} for each in found]
+    return {"version": VERSION, "stages": parts}
 
 
 def layouts_json(layouts: Sequence[Layout]) -> list[dict[str, object]]:

@@ -10,8 +10,11 @@ from framework.checkpoint.find import check_source, newest, store_of
 from framework.data.buckets import bucket_views, check_held_out, streams_of
 from framework.data.config import StreamConfig
 from framework.data.splits import resolve_degrees
+from framework.environment import gpu_name
+from framework.forecast.memory import plan_memory
 from framework.models.config import is_adapter
 from framework.parallel.config import MeshShape, resolve_mesh, split_shape
+from framework.plan.hardware import hardware_names, load_hardware
 from framework.plan.parameters import parameter_shapes
 from framework.recipe import Recipe, bucket_degrees, check_kernel, check_trained
 from framework.run import run_identity
@@ -49,6 +52,8 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     check_kernel(recipe, num_gpus=num_gpus)
     check_boards(recipe)
     check_samples(recipe)
+    if num_ranks is None and num_gpus:
+        check_memory(recipe, shape, gpu_name())
     if num_ranks is None:  # ranks see for themselves, with more patience
         check_data(recipe)
     return shape
@@ -109,6 +114,17 @@ def check_table(recipe: Recipe) -> None:
                 f"precision.table gives parameters of one module two rows: {other} {precision.of(other)}, {name} "
                 f"{precision.of(name)}; FSDP2 gathers them together: give both the same"
             )
+
+
+def check_memory(recipe: Recipe, shape: MeshShape, gpu: str) -> None:
+    """Raises ValueError where a rank needs more than its GPU has. gpu: its name, as NVIDIA H100 80GB HBM3; where that
+    isn't described, nor the recipe's, nobody knows.
+    """
+    described = next((name for name in hardware_names() if name in gpu.lower()), recipe.hardware.name)
+    if described and (hardware := load_hardware(described)).device.kind == "gpu":
+        memory = plan_memory(recipe, shape, hardware)
+        if not memory.fits:
+            raise ValueError(f"{memory.refusal()} ({shape}, {hardware.name})")
 
 
 def check_machine(shape: MeshShape, *, num_gpus: int) -> None:

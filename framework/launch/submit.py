@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from framework.history import FILE, JOBS, Event, History, now
-from framework.launch.check import check_data, check_start, check_store
+from framework.launch.check import check_data, check_memory, check_start, check_store
 from framework.launch.config import ClusterConfig
 from framework.launch.facts import is_place, read_facts, waiting_jobs
 from framework.launch.job import Job
@@ -87,6 +87,8 @@ def check_request(
     gpus = cluster.ranks_per_node if cluster.gpus else 0
     for shape in shapes_of(recipe, cluster, nodes):
         check_start(recipe, num_ranks=shape.world_size, num_gpus=gpus)
+        if gpus:
+            check_memory(recipe, shape, cluster.gpu_type)
         notes += check_placement(shape, cluster.ranks_per_node, cluster.links, recipe)
     check_data(recipe)
     waits = recipe.init_from if request.after and same_place(recipe.init_from, request.after) else ""

@@ -135,7 +135,7 @@ class Hardware:
         return tuple(name for name, source in self.sources.items() if source.startswith(ASSUMED))
 
 
-def names() -> list[str]:
+def hardware_names() -> list[str]:
     """The machines that are described here."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -146,10 +146,10 @@ def load_hardware(name_or_path: str) -> Hardware:
     if not path.is_file():
         path = Path(name_or_path)
     if not path.is_file():
-        near = difflib.get_close_matches(name_or_path, names(), n=1)
+        near = difflib.get_close_matches(name_or_path, hardware_names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"no such hardware: {name_or_path!r} is neither a file nor one of {', '.join(names())}{hint}; "
+            f"no such hardware: {name_or_path!r} is neither a file nor one of {', '.join(hardware_names())}{hint}; "
             "`cuboid plan --calibrate --out FILE` describes this machine"
         )
     try:

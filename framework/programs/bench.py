@@ -100,7 +100,7 @@ def bench(
     engine.refresh(updates=0)
     encoders = build.Encoders(recipe, build.this_device())
     ema = Ema(engine.fragments(), recipe.ema)
-    parts = build_parts(recipe, mesh, engine, streams=streams_of(recipe), ema=ema, encoders=encoders, start=0)
+    parts = build_parts(recipe, mesh, engine, streams=streams_of(recipe), ema=ema, encoders=encoders)
     timed = timed_steps(parts, mesh, steps=steps, minutes=minutes)
     on_gpu = torch.cuda.is_available()
     exposed = profiled_exposure(parts) if on_gpu else statistics.median(step.idle for step in timed)

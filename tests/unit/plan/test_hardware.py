@@ -8,7 +8,7 @@ import yaml
 from described import leaf, tree
 from syntax import REPOSITORY
 
-from framework.plan.hardware import FOLDER, load_hardware, names, rate
+from framework.plan.hardware import FOLDER, hardware_names, load_hardware, rate
 
 CASES = [
     ({"device__memory": None}, r"device.memory is missing: bytes that a process can allocate"),
@@ -51,7 +51,7 @@ def test_a_name_that_isnt_there_is_answered_by_the_nearest() -> None:
 
 
 def test_those_that_come_along_are_packaged_and_read() -> None:
-    found = {name: load_hardware(name) for name in names()}
+    found = {name: load_hardware(name) for name in hardware_names()}
     assert found.keys() == {"a100", "h100", "h200", "b200"}
     # 79.1, 139.8 and 178 GiB
     assert [round(found[name].device.memory / 2**30, 1) for name in ("h100", "h200", "b200")] == [79.1, 139.8, 178.0]
