@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from framework import cli_checkpoint, cli_cluster, cli_data, cli_status, cli_submit, log
+from framework import cli_checkpoint, cli_cluster, cli_data, cli_plan, cli_status, cli_submit, log
 from framework.checkpoint.find import open_checkpoint
 from framework.environment import Environment, StopFlag, read_environment, visible_gpus
 from framework.failure import failure_of, write_failure
@@ -30,6 +30,7 @@ app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_cluster.app)
 app.add_typer(cli_submit.app)
 app.add_typer(cli_status.app)
+app.add_typer(cli_plan.app)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set.")]
 

@@ -32,7 +32,7 @@ ROWS: Final = (
     ("models", "parallel.zero", "failure"),
     ("checkpoint", "metrics", "profiling", "evaluate", "curate"),
     ("programs", "launch"),
-    ("cli_checkpoint", "cli_data", "cli_cluster", "cli_status", "cli_submit"),
+    ("cli_checkpoint", "cli_data", "cli_cluster", "cli_plan", "cli_status", "cli_submit"),
     ("cli",),
 )
 
