@@ -12,7 +12,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from framework import cli_bench, cli_checkpoint, cli_cluster, cli_data, cli_plan, cli_status, cli_submit, log
+from framework import (
+    cli_bench,
+    cli_checkpoint,
+    cli_cluster,
+    cli_data,
+    cli_plan,
+    cli_scale,
+    cli_status,
+    cli_submit,
+    log,
+)
 from framework.checkpoint.find import open_checkpoint
 from framework.environment import Environment, StopFlag, read_environment, visible_gpus
 from framework.failure import failure_of, write_failure
@@ -34,6 +44,7 @@ app.add_typer(cli_submit.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_status.app)
 app.add_typer(cli_bench.app)
+app.add_typer(cli_scale.app)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set.")]
 

@@ -33,7 +33,16 @@ ROWS: Final = (
     ("models", "parallel.zero", "failure"),
     ("checkpoint", "metrics", "profiling", "evaluate", "curate", "forecast"),
     ("programs", "launch"),
-    ("cli_bench", "cli_checkpoint", "cli_data", "cli_cluster", "cli_plan", "cli_status", "cli_submit"),
+    (
+        "cli_bench",
+        "cli_checkpoint",
+        "cli_cluster",
+        "cli_data",
+        "cli_plan",
+        "cli_scale",
+        "cli_status",
+        "cli_submit",
+    ),
     ("cli",),
 )
 

@@ -1,0 +1,63 @@
+"""`cuboid scale`: a recipe for longer clips, from one that trains."""
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from framework import log
+from framework.layers import apply_overrides
+from framework.plan.scale import RopeTime, ScaleRequest, apply_to, bridge_stages, changes_for, figures_of
+from framework.plan.scale_file import STAGED, change_lines, recipe_text, table_lines
+from framework.recipe import build_recipe, read_recipe_layers
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+BATCHES = ("tokens", "samples")
+
+
+@app.command()
+def scale(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file of the shorter clips, or RUN/recipe.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set.")] = None,
+    *,
+    seconds: Annotated[float, typer.Option(help="Duration of the longest clips.")],
+    gpus: Annotated[int | None, typer.Option(help="GPUs to use; those of the recipe's mesh.")] = None,
+    resolution: Annotated[str | None, typer.Option(metavar="HxW", help="Another size in pixels: 720x1280.")] = None,
+    batch: Annotated[str, typer.Option(help="What a step keeps: tokens or samples.")] = "tokens",
+    rope: Annotated[str | None, typer.Option(help="none, interpolation, ntk or riflex; chosen by the factor.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Recipe to write, each change with its reason.")] = None,
+) -> None:
+    """What a longer clip changes in a recipe: shapes, mesh, batch, noise, rotary positions, learning rate."""
+    if batch not in BATCHES:
+        raise ValueError(f"--batch {batch} must be tokens or samples")
+    if rope is not None and rope not in get_args(RopeTime):
+        raise ValueError(f"--rope {rope} must be one of {', '.join(get_args(RopeTime))}")
+    if gpus is not None and gpus < 1:
+        raise ValueError(f"--gpus {gpus} must be at least 1")
+    if out is not None and out.exists():
+        raise ValueError(f"--out {out} is there already: name a new file, or remove it")
+    size = None if resolution is None else parse_size(resolution)
+    tree = apply_overrides(read_recipe_layers(recipe), overrides or [])
+    old = build_recipe(tree)
+    request = ScaleRequest(seconds, gpus, size, batch, rope)  # type: ignore[arg-type]
+    changes = changes_for(old, request)
+    stages, new = bridge_stages(old, changes), build_recipe(apply_to(tree, changes))
+    words = [*table_lines(figures_of(old), figures_of(new)), ""]
+    for text in [*words, *change_lines(changes)]:
+        log.line(text)
+    streams = ", ".join(stream.path for stream in new.data.streams)
+    log.line(f"data.streams ({streams}): latents fit at exactly a bucket's shape and rate: encode them anew")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(recipe_text(tree, changes, stages, [f"{recipe} for clips of {seconds:g} s.", "", *words[:-1]]))
+        staged = "" if STAGED or not stages else ", its bridge stage as a comment"
+        log.line(f"{out} is written{staged}")
+
+
+def parse_size(resolution: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH. Raises ValueError for anything else."""
+    parts = resolution.split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--resolution {resolution} must be HEIGHTxWIDTH, as in 720x1280")
+    return int(parts[0]), int(parts[1])
