@@ -85,7 +85,7 @@ def activation_bytes(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> Act
     extra = [0] * layers
     for index, again in enumerate(recomputed):
         if again:
-            extra[index] = units.x * (units.c != units.p or bool(execution.chunk_tokens))
+            extra[index] = units.x * (units.c != units.p and not execution.chunk_tokens)
             extra[index] += 0 if not execution.offload else away * (index > 0 and recomputed[index - 1])
     moments = [(sum(here[:index]), peak + extra[index], 0) for index in range(layers)] + [(sum(here), 0, head)]
     blocks, block, head = max(moments, key=sum)
@@ -137,7 +137,7 @@ def block_peak(recipe: Recipe, shape: MeshShape, units: Units, whole: int) -> in
     """The most of a block in its backward, recompute's forward included; but for its input, where that is apart."""
     x, w, g, h = units.x, units.w, units.g if shape.tp > 1 else 0, units.h
     if recipe.execution.chunk_tokens:
-        gate = 4 * x + 6 * units.part * w
+        gate = 3 * x + 6 * units.part * w
         feed = 3 * x - x + units.part * (3 * h + 3 * g + w)
         return int(whole + max(gate, feed))
     gate = 4 * w

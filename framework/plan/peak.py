@@ -4,7 +4,8 @@ States are those of memory.py. What is gathered on top of them, of psi parameter
 
     fsdp2 2        all of it, from the step's first forward to its last backward
     fsdp2 3        what is in no block, and two blocks: the one that computes and the one that is fetched ahead
-    deepspeed 3    what `zero.reuse_distance` and `zero.prefetch` let it hold on to, at most all of it
+    deepspeed 3    what `zero.reuse_distance` and `zero.prefetch` let it hold on to, at most all of it; and what arrived
+                   of `zero.prefetch` together once more, until the last of it is used
 
 Gradients on their way are a block's, in c bytes as the backward gives them and in g bytes as they are reduced;
 DeepSpeed's stages have a bucket instead (`zero.bucket_size`, allocated whole). That, the moment of the most activations
@@ -56,6 +57,8 @@ def step_peak(recipe: Recipe, shape: MeshShape, micros: Sequence[MicroShape]) ->
         gradients = float(g * block)
     else:
         gradients = float(c * zero.bucket_size)
+        if zero.stage == 1 and precision.parameters == "float32" and len(micros) > 1:
+            gradients += 4 * whole * (1 - 1 / ranks)
         if zero.stage == 3:
-            gathered = float(c * min(whole, block + zero.prefetch + zero.reuse_distance))
+            gathered = float(c * (min(whole, block + zero.prefetch + zero.reuse_distance) + min(whole, zero.prefetch)))
     return StepPeak(states, gathered, gradients, found)
