@@ -75,7 +75,7 @@ def backwards(recipe: Recipe, mesh: Mesh, engine: Engine, num_steps: int) -> Ite
             batch = builder.build(micro, step=step)
             patches = patchify(flow.noise(batch, step=step), recipe.model.patch_size)
             tokens = split_tokens(patches, meshes[batch.bucket], recipe.attention.pattern)
-            loss = flow.loss_sum(engine(tokens, batch.condition), tokens)
+            loss = engine.scored(tokens, batch.condition, flow.score(tokens)).sum()
             count = flow.global_count(work.counts, latents, builder.channels)
             engine.backward(loss, global_count=count, last=index + 1 == work.num_micro)
         del batch, patches, tokens, loss  # with what they keep alive, for the tests of memory

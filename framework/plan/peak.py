@@ -1,42 +1,64 @@
-"""PROVISIONAL"""
+"""The most bytes that a rank holds in a step: model states, what is gathered, gradients on their way, and activations.
+
+States are those of memory.py. What is gathered on top of them, of psi parameters in c bytes:
+
+    fsdp2 2        all of it, from the step's first forward to its last backward
+    fsdp2 3        what is in no block, and two blocks: the one that computes and the one that is fetched ahead
+    deepspeed 3    what `zero.reuse_distance` and `zero.prefetch` let it hold on to, at most all of it; and what arrived
+                   of `zero.prefetch` together once more, until the last of it is used
+
+Gradients on their way are a block's, in c bytes as the backward gives them and in g bytes as they are reduced;
+DeepSpeed's stages have a bucket instead (`zero.bucket_size`, allocated whole). That, the moment of the most activations
+and the reduced gradients are taken together though they may miss each other by a little; this is an upper estimate.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from framework.parallel.config import MeshShape
+from framework.parallel.zero.config import SIZES
+from framework.plan.activations import ActivationBytes, activation_bytes
 from framework.plan.memory import StateBytes, state_bytes
-from framework.plan.sent import weights_of
-from framework.plan.traffic import MicroShape, part_tokens
+from framework.plan.parameters import TensorParallel, block_shapes, elements_of, parameter_shapes, split_over
+from framework.plan.traffic import MicroShape
 from framework.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Peak:
+class StepPeak:
+    """Bytes on a rank. gathered, gradients: see above, beside the states. host: of optimizer and activations, apart."""
+
     states: StateBytes
     gathered: float
-    activations: float
-    host: float
+    gradients: float
+    activations: ActivationBytes
 
     @property
     def total(self) -> float:
-        return self.states.total + self.gathered + self.activations
+        return self.states.total + self.gathered + self.gradients + self.activations.total
 
-    def parts(self) -> dict[str, float]:
-        s = self.states
-        return {
-            "parameters": s.parameters,
-            "masters": s.masters,
-            "moments": s.moments,
-            "gradients": s.gradients,
-            "gathered": self.gathered,
-            "activations": self.activations,
-        }
+    @property
+    def host(self) -> float:
+        return self.states.host + self.activations.host
 
 
-def peak_of(recipe: Recipe, shape: MeshShape, micros: Sequence[MicroShape]) -> Peak:
-    w = weights_of(recipe, shape.tp)
-    s = state_bytes(w.trained, shape.dp * shape.cp, zero=recipe.zero, precision=recipe.precision)
-    tokens = max(part_tokens(recipe, shape, m) for m in micros) / shape.tp
-    d = recipe.model.width * 2
-    per = {"none": 34, "keep_attention": 6, "all": 1}[recipe.execution.recompute]
-    return Peak(s, 0.0, tokens * d * (per * recipe.model.num_layers + 34), s.host)
+def step_peak(recipe: Recipe, shape: MeshShape, micros: Sequence[MicroShape]) -> StepPeak:
+    """Of a step of `micros` on the first rank of a mesh. Raises ValueError where activations have no formula."""
+    found = max((activation_bytes(recipe, shape, micro) for micro in micros), key=lambda each: each.total)
+    whole = elements_of(parameter_shapes(recipe.model, TensorParallel(shape.tp)))
+    block = elements_of([split_over(p, TensorParallel(shape.tp)) for p in block_shapes(recipe.model)])
+    zero, precision, ranks = recipe.zero, recipe.precision, shape.dp * shape.cp
+    states = state_bytes(whole, ranks, zero=zero, precision=precision)
+    c, g = SIZES[precision.default.compute], SIZES[precision.of("").reduce]
+    gathered, gradients = 0.0, 0.0
+    if zero.engine == "fsdp2":
+        outer = whole - recipe.model.num_layers * block
+        gathered = c * (whole if zero.stage == 2 else outer + min(2, recipe.model.num_layers) * block)
+        gradients = float(g * block)
+    else:
+        gradients = float(c * zero.bucket_size)
+        if zero.stage == 1 and precision.parameters == "float32" and len(micros) > 1:
+            gradients += 4 * whole * (1 - 1 / ranks)
+        if zero.stage == 3:
+            gathered = float(c * (min(whole, block + zero.prefetch + zero.reuse_distance) + min(whole, zero.prefetch)))
+    return StepPeak(states, gathered, gradients, found)
