@@ -36,17 +36,19 @@ def submit(
 ) -> None:
     """Train on a Slurm cluster: check, submit, and come back by itself after preemption, time limits and failures."""
     words, found, request = list(overrides or []), load_cluster(cluster), Request(nodes, after)
-    if load_recipe(recipe, words).stages:
-        if array is not None:
-            raise ValueError(f"--array {array}: each stage of a run is a job of its own: submit its runs one by one")
-        submit_stages(resolve_invocation(recipe, words), found, request, dry_run=dry_run)
-        return
     jobs: list[Job] = []
     for number, row in enumerate(read_sweep(array)) if array is not None else [(-1, [])]:
         if array is not None and any(word.startswith("run=") for word in row):
             raise ValueError(f"{array}, entry {number}: run= is made of the recipe's run and the entry's number")
         named = [f"run={load_recipe(recipe, words).run}-{number:03}"] if number >= 0 else []
         invocation = resolve_invocation(recipe, [*words, *row, *named])
+        if invocation.recipe.stages:
+            if array is not None:
+                raise ValueError(
+                    f"--array {array}: each stage of a run is a job of its own: submit the runs one by one"
+                )
+            submit_stages(invocation, found, request, dry_run=dry_run)
+            return
         job, notes = build_job(invocation, found, request)
         if number <= 0:
             for note in (*invocation.notes, *notes):

@@ -21,9 +21,11 @@ from torch import Tensor
 
 import framework.parallel.zero.deepspeed  # noqa: F401
 from framework.checkpoint import writer
+from framework.cli import train_rank
 from framework.data.buckets import streams_of
 from framework.environment import Environment
 from framework.evaluate.agreement import Observation
+from framework.heartbeat import Heart, process_began
 from framework.models.patchify import patchify
 from framework.parallel.collectives import gather_fragments
 from framework.parallel.context_parallel.tokens import split_tokens
@@ -52,6 +54,12 @@ def train(
     if death is not None:
         arrange(death)
     return program.train(resolve_invocation(recipe, overrides), env, stage=stage)
+
+
+def train_all(env: Environment, recipe: Path, overrides: list[str]) -> None:
+    """The same where nobody says which stage: all that are left, in this process."""
+    heart = Heart(begin=process_began(), writes=env.is_first)
+    train_rank(resolve_invocation(recipe, overrides), env, heart, None)
 
 
 def arrange(death: Death) -> None:

@@ -153,6 +153,31 @@ def chain_of_three_meshes(lab: Lab, folder: Path) -> None:
     assert abs(losses(third)[0] - fresh) > 1e-4 * fresh
 
 
+def stages_are_a_chain(lab: Lab, folder: Path) -> None:
+    desk = open_desk(lab, folder)
+    tree = yaml.safe_load(desk.recipe.read_text()) | {"train": {}}
+    tree["stages"] = [
+        {"name": "wide", "exit": {"steps": 3}, "mesh": {"dp": 4}},
+        {"name": "split", "exit": {"samples": 12}, "mesh": {"dp": 1, "tp": 2}},
+    ]
+    desk.recipe.write_text(yaml.safe_dump(tree))
+    words, run = WORDS[:2], folder / "run"
+    given = ("submit", str(desk.recipe), "--cluster", str(desk.cluster), *words, f"run={run}")
+    desk.cuboid(*given)
+    wait(run, lambda: len(events(run, "finished")) == 2)
+    first, second = events(run, "submitted")
+    assert second.after == first.job
+    assert [(e.job, e.outcome) for e in events(run, "finished")] == [(first.job, "done"), (second.job, "done")]
+    assert [(e.job, e.ranks) for e in events(run, "launched")] == [(first.job, 4), (second.job, 2)]
+    assert "stage wide is done, at step 3" in str(events(run, "finished")[0].reason)
+    assert [line["stage"] for line in metrics(run)] == ["wide"] * 3 + ["split"] * 3
+    assert json.loads(desk.cuboid("status", str(run), "--json"))["state"] == "DONE"
+    assert "its 2 stages are done, 6 steps" in desk.cuboid(*given, status=2)
+    local = folder / "local"
+    desk.cuboid("train", str(desk.recipe), *words, f"run={local}")
+    assert losses(run) == losses(local)
+
+
 def planted_nan(lab: Lab, folder: Path) -> None:
     desk = open_desk(lab, folder, poisoned=(3,))
     skips = desk.submit("skips", "--nodes", "1", "train.steps=8")
@@ -168,5 +193,13 @@ def planted_nan(lab: Lab, folder: Path) -> None:
 
 
 SCENARIOS: Final = MappingProxyType(
-    {each.__name__: each for each in (preempted_run_equals_the_local_one, chain_of_three_meshes, planted_nan)}
+    {
+        each.__name__: each
+        for each in (
+            preempted_run_equals_the_local_one,
+            chain_of_three_meshes,
+            stages_are_a_chain,
+            planted_nan,
+        )
+    }
 )

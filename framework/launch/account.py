@@ -187,13 +187,14 @@ def outside(events: Sequence[Event], time: float) -> str | None:
     """What was going on at a time at which no attempt ran; None before any event."""
     part: str | None = None
     waiting: set[str | None] = set()
+    dead: set[str | None] = set()  # which follow one that didn't end well, and never start
     for event in events:
         if event.time > time:
             break
         match event.event:
             case "submitted":
-                waiting.add(event.job)
-                part = "queue" if part in (None, "idle") else part
+                (dead if event.after is not None and event.after in dead else waiting).add(event.job)
+                part = "queue" if waiting and part in (None, "idle") else part
             case "requeued":
                 part = "queue"
             case "started":
@@ -202,7 +203,8 @@ def outside(events: Sequence[Event], time: float) -> str | None:
                 part = "between"
             case "finished" | "cancelled":
                 waiting.discard(event.job)
-                if event.outcome != "done":  # what follows it never starts
+                if event.outcome != "done":
+                    dead |= waiting | {event.job}
                     waiting.clear()
                 part = "queue" if waiting else "idle"
     return part

@@ -69,6 +69,8 @@ class Launcher:
 
     def run(self, arguments: list[str], *, world_size: int) -> int:
         """Run `cuboid ARGUMENTS` on `world_size` local ranks and wait. Returns the exit status."""
+        if self.received:  # between two sets of ranks
+            return 128 + self.received[0]
         with tempfile.TemporaryDirectory(prefix="cuboid-") as name:
             folder, port = Path(name), free_port()
             self._ranks = ranks = []

@@ -56,6 +56,7 @@ def shrink_recipe(path: Path, overrides: list[str], meshes: list[str], folder: P
     shrunk = replace(
         recipe,
         run=str(folder / "run"),
+        stages=[],
         mesh=replace(recipe.mesh, dp=1, ring=1, ulysses=1, tp=1),
         attention=AttentionConfig(pattern=shrink_pattern(recipe.attention.pattern)),
         tokenizer=TOKENIZER,

@@ -182,10 +182,9 @@ def loop(
     """The steps."""
     recipe, last, saved = parts.recipe, parts.recipe.train.steps, progress.step
     pending: StepRecord | None = None
-    ended = progress.step >= last
-    stopped = None if ended else agreed_signal(stop, parts.mesh)  # at once: there is nothing to save
+    stopped = agreed_signal(stop, parts.mesh) if progress.step < last else None  # at once: there is nothing to save
     gc.disable()
-    while not ended and stopped is None:
+    while progress.step < last and stopped is None:
         # Whether anybody was asked to stop, or can't save, is agreed on while the step runs, so before the next one;
         # with it, how many samples of the steps before couldn't be had.
         asked = torch.tensor([stop.signal or 0, saver.failed, parts.loader.lost])
@@ -217,11 +216,10 @@ def loop(
         if failed:
             saver.wait()
             raise RunFailure("another rank couldn't save")
-        ended = progress.step == last
-        stopped = (stop.signal or signal.SIGTERM) if signalled and not ended else None
+        stopped = (stop.signal or signal.SIGTERM) if signalled and progress.step < last else None
         # One that falls due among bad updates waits for a good one: nothing is new before.
         due = progress.step // recipe.checkpoint.every > saved // recipe.checkpoint.every and not progress.bad_steps
-        saves = due or ended or stopped is not None
+        saves = due or progress.step == last or stopped is not None
         fails = progress.bad_steps >= recipe.train.max_bad_steps
         if saves or fails or observer.is_due(progress.step) or replicas.is_due(progress.step):
             publish(metrics, report, pending)
@@ -234,10 +232,9 @@ def loop(
         if observer.is_due(progress.step):
             with watch.during("observe"):
                 progress = end.validated(progress, observer.observe(progress.step, metrics, report))
-            ended = end.is_reached(progress, last)
-        if ended:
-            progress, stopped = end.hand_over(progress), None
-        if saves or ended:
+        if end.is_reached(progress, last):
+            last, stopped, progress = progress.step, None, end.hand_over(progress)
+        if saves or progress.step == last:
             with watch.during("save"):
                 saver.save(progress)
             saved = progress.step

@@ -5,7 +5,9 @@
       - {name: long, exit: {plateau: {evaluations: 5, min_improvement: 0.002}, steps: 90000}}
 
 The recipe of a stage is the recipe without `stages`, the stage's own keys over it: a stage can be read without those
-before it. Outside of training (sample, plan, encode, ...) the recipe without its stages counts.
+before it. Weights, moments, average and the run's steps go on from stage to stage; the data begin an order of the
+stage's own, and its learning rate, warm-up and decay_steps count from its first step. Outside of training (sample,
+plan, encode, ...) the recipe without its stages counts.
 """
 
 import copy
@@ -95,7 +97,7 @@ def read_stage(entry: Tree, index: int) -> Stage:
     for key in ("stages", "base", "run"):
         if key in overrides:
             raise ValueError(f"{here}: {key} can't stand in a stage: it is one for the run")
-    if "steps" in (overrides.get("train") or {}):
+    if "steps" in section(overrides, "train"):
         raise ValueError(f"{here}: train.steps can't stand in a stage: its exit says how long it is")
     return Stage(index, name, found, overrides)
 
@@ -107,10 +109,18 @@ def stage_tree(plain: Tree, stage: Stage) -> Tree:
     most = stage.exit.steps
     if most is None:
         assert stage.exit.samples is not None
-        most = math.ceil(stage.exit.samples / (tree.get("data") or {}).get("global_batch", 8))
-    train = tree.get("train") or {}
-    tree["train"] = train | {"steps": max(1, most)}
+        batch = section(tree, "data").get("global_batch")
+        # About, where buckets have batches of their own; what isn't a number is refused by its type.
+        most = math.ceil(stage.exit.samples / (batch if isinstance(batch, int) and batch > 0 else 1))
+    if isinstance(tree.get("train", {}), dict):
+        tree["train"] = section(tree, "train") | {"steps": most}
     return tree
+
+
+def section(tree: Tree, name: str) -> Tree:
+    """A section of a tree that may not have it, or something else in its place."""
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def build_stage(plain: Tree, stage: Stage, build: Callable[[Tree], R]) -> R:
@@ -144,7 +154,7 @@ def check_stages(entries: list[Tree], tree: Tree, leaves: Leaves, *, build: Call
     """Check every stage's own recipe; the most steps that all may take. leaves: the keys of the recipe. build: the
     keys of a tree's recipe. Raises ValueError with the stage.
     """
-    if "steps" in (tree.get("train") or {}):
+    if "steps" in section(tree, "train"):
         raise ValueError("train.steps can't stand beside stages, each of which has an exit of its own: leave it out")
     total = 0
     for stage in read_stages(entries):

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import ranks
+import yaml
 from curriculum import write_curriculum
 from plain_dcp import digests, folder_of
-from pool import run_ranks, run_until_killed
+from pool import RanksFailed, run_ranks, run_until_killed
+from tiny import recipe_tree, write_latents
 
 from framework.checkpoint.stage import read_progress
 from framework.recipe import load_recipe
@@ -70,6 +72,38 @@ def test_one_command_trains_all_stages(recipe: Path, whole: Path) -> None:
     ]
     assert "its 4 stages are done, 12 steps" in cuboid("train", str(recipe))
     assert len(list((whole / "attempts").glob("0*"))) == 4, "nothing was started again"
+
+
+def test_ranks_from_outside_train_all_stages_on_a_plateau_too(tiny_shards: Path, tmp_path: Path) -> None:
+    """Where the number of ranks stays: the same numbers as on new ranks for each stage, and after a kill.
+
+    No validation is ten times better than the one before, so the third ends the first stage.
+    """
+    held_out = write_latents(tmp_path / "held", prefix="held")
+    tree = recipe_tree(tiny_shards, tmp_path / "run") | {"train": {}, "ema": {"decay": 0.0}}
+    tree["checkpoint"] = {"every": 1, "keep": 20}
+    tree["validation"] = {"every": 1, "shards": [str(held_out)], "samples": 4, "sigmas": 2}
+    leaving = {"plateau": {"evaluations": 2, "min_improvement": 0.9}, "steps": 9}
+    tree["stages"] = [
+        {"name": "flat", "exit": leaving, "mesh": {"dp": 2}},
+        {"name": "rest", "exit": {"steps": 2}, "mesh": {"tp": 2}, "validation": {"every": 0}},
+    ]
+    path = tmp_path / "plateau.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    run_ranks(ranks.train_all, 2, path, [])
+    assert lines(tmp_path / "run", "step", "stage") == list(enumerate(["flat"] * 3 + ["rest"] * 2, start=1))
+    words = [f"run={tmp_path / 'broken'}"]
+    run_until_killed(ranks.train, 2, path, words, ranks.Death(2), 0)
+    saved = read_progress(load_recipe(path, words))  # of step 2, if that was written in time
+    assert saved.stage == 0 and len(saved.evaluations) == saved.step in (1, 2)
+    assert [run_ranks(ranks.train, 2, path, words, None, stage)[0].step for stage in (0, 1)] == [3, 5]
+    names = ("step", "loss", "grad_norm", "stage")
+    assert lines(tmp_path / "broken", *names) == lines(tmp_path / "run", *names)
+    run_ranks(ranks.train_all, 2, path, [])  # which says that nothing is left
+    with pytest.raises(
+        RanksFailed, match=r"stages\[0\] \(flat\): dp \* ring \* ulysses \* tp == world_size doesn't hold"
+    ):
+        run_ranks(ranks.train_all, 1, path, [f"run={tmp_path / 'other'}"])
 
 
 def test_killed_in_each_stage_it_is_the_same_run(recipe: Path, whole: Path) -> None:

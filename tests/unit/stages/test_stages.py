@@ -71,6 +71,12 @@ STAGE = {"name": "a", "exit": {"steps": 3}}
             [STAGE | {"optimizer": {"lrr": 1}}],
             "stages[0] (a): optimizer.lrr=1: Key 'lrr' not in 'OptimizerConfig'. Did",
         ),
+        ([STAGE | {"train": 3}], "stages[0] (a): train=3: Merge error"),
+        ([{"name": "a", "exit": {"samples": 3}, "data": {"global_batch": "x"}}], "stages[0] (a): data.global_batch=x"),
+        (
+            [{"name": "a", "exit": {"samples": 3}, "data": {"global_batch": 0}}],
+            "stages[0] (a): data.global_batch=0 must",
+        ),
         ([STAGE | {"mesh": {"tp": 3}}], "stages[0] (a): mesh.tp=3 must divide the model's 2 heads"),
         ([STAGE, STAGE], "stages: the name a stands twice"),
         ([{"exit": {"steps": 3}}], "stages[0].name=None must be a short word"),
@@ -206,6 +212,14 @@ def test_a_stage_that_has_begun_is_not_left_out(stored: Recipe) -> None:
     with pytest.raises(ValueError, match=r"stages\[1\] \(short\) of the run run has begun: it can't be left out"):
         check_stages(Resolved(shorter, (), (), stored), BEGUN)
     check_stages(Resolved(shorter, (), (), stored), AT_ITS_START)
+
+
+def test_stages_may_be_added(stored: Recipe) -> None:
+    """Given whole on the command line, without what auto stood for."""
+    longer = replace(load(), stages=[*load().stages, {"name": "more", "exit": {"steps": 2}}])
+    done = replace(BEGUN, stage=4, stage_step=5)
+    check_stages(Resolved(adopt_resolved(longer, stored), (), (), stored), done)
+    assert stages_of(longer)[4].name == "more"
 
 
 def test_before_its_first_checkpoint_a_stage_may_change(stored: Recipe) -> None:
