@@ -49,7 +49,7 @@ POINTS = (
     Point("8 H100, FSDP2", 175.9, MeshShape(8, 1, 1, 1), 1, "fsdp2", 3, "all"),
 )
 ASSUMED = (
-    "model FLOPs by plan/flops.py (forward 1, backward 2; cross-attention and text count); NVIDIA's formula wasn't read",
+    "model FLOPs by plan/flops.py (forward 1, backward 2; cross-attention and text count); NVIDIA's was not read",
     "attention by cuDNN in all three; recompute none with CP 4 x TP 2, all of each block with FSDP2",
     "CP 4 is Ulysses inside a node; 8 micro-batches of one sample a replica at 128 GPUs, one of one sample with FSDP2",
     "DDP sends what ZeRO 1 sends in bfloat16, none of it hidden (it is once in 8 micro-batches)",
