@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python tools/bench/planned.py --repeats 7
 
 The machine is calibrated first (`--hardware FILE` takes a calibration instead): microbenchmarks, and steps of a small
-model with FSDP2 stage 2, dp 2 and Ulysses 2, which is none of the twelve meshes here. Then each of these is built, warmed
-and timed once a repeat, in an order that changes (interleave.py), so that a slow minute slows all of them; what a mesh
-measured is the median of its repeats' medians. The claim:
+model with FSDP2 stage 2, dp 2 and Ulysses 2, which is none of the twelve meshes here. Then each of these is built,
+warmed and timed once a repeat, in an order that changes (interleave.py), so that a slow minute slows all of them; what
+a mesh measured is the median of its repeats' medians. The claim:
 
     mean |predicted - measured| / measured  <=  10 %, or twice the spread of the repeats, where that is more
 
@@ -165,9 +165,7 @@ def report(found: list[Once]) -> None:
         keys = [key for key in measured if key[0] == ranks]
         first, best = min(keys, key=predicted.__getitem__), min(keys, key=measured.__getitem__)
         behind = measured[first] / measured[best] - 1
-        print(
-            f"{ranks} ranks: predicted first {first[1]!r}, measured best {best[1]!r}; it takes {100 * behind:.1f} % more"
-        )
+        print(f"{ranks} ranks: predicted first {first[1]!r}, measured best {best[1]!r}: {100 * behind:.1f} % more")
 
 
 def main() -> None:
