@@ -9,7 +9,7 @@ from framework.data.splits import resolve_degrees
 from framework.forecast.draws import Draw, deal_of, draws_of
 from framework.parallel.config import AXES, GROUP_AXES, MeshShape
 from framework.plan.hardware import Hardware
-from framework.plan.peak import Peak, peak_of
+from framework.plan.peak import StepPeak, step_peak
 from framework.plan.sent import Weights, weights_of
 from framework.recipe import Recipe
 
@@ -20,7 +20,7 @@ class Memory:
     headroom: reserved and not allocated. capacity: of the device.
     """
 
-    step: Peak
+    step: StepPeak
     ema: float
     communicators: float
     context: float
@@ -58,7 +58,7 @@ class Memory:
 def memory_of(recipe: Recipe, shape: MeshShape, hardware: Hardware, draws: Sequence[Draw], weights: Weights) -> Memory:
     """Of a rank of a mesh. weights: of its tp part."""
     device, ranks = hardware.device, shape.dp * shape.cp
-    step = max((peak_of(recipe, shape, draw.micros) for draw in draws), key=lambda peak: peak.total)
+    step = max((step_peak(recipe, shape, draw.micros, weights=weights) for draw in draws), key=lambda peak: peak.total)
     ema = 4 * weights.trained / recipe.zero.partition_size(ranks) if recipe.ema.decay else 0.0
     return Memory(
         step=step,

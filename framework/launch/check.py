@@ -121,7 +121,8 @@ def check_memory(recipe: Recipe, shape: MeshShape, gpu: str) -> None:
     isn't described, nor the recipe's, nobody knows.
     """
     described = next((name for name in hardware_names() if name in gpu.lower()), recipe.hardware.name)
-    if described and (hardware := load_hardware(described)).device.kind == "gpu":
+    has_formula = not recipe.flow.timesteps.per_frame  # plan/activations.py
+    if described and has_formula and (hardware := load_hardware(described)).device.kind == "gpu":
         memory = plan_memory(recipe, shape, hardware)
         if not memory.fits:
             raise ValueError(f"{memory.refusal()} ({shape}, {hardware.name})")

@@ -10,13 +10,10 @@ from framework.plan.sent import Weights
 from framework.plan.work import (
     ATTENTION_BACKWARD,
     BACKWARD_BYTES,
-    BACKWARD_KERNELS,
     FUSED,
-    MODEL_KERNELS,
-    PARAMETER_KERNELS,
     Work,
-    block_kernels,
     gradient_bytes,
+    micro_kernels,
     update_bytes,
 )
 from framework.recipe import Recipe
@@ -92,16 +89,13 @@ def compute_of(recipe: Recipe, hardware: Hardware, work: Work, rates: Attention,
     # Of options that compute some blocks or tokens again (a number of blocks, chunks): their share belongs here.
     again = layers * (work.linears / products + work.moved * fused / device.bandwidth) + forward_cross
     repeats = {"none": 0.0, "keep_attention": again, "all": again + forward_own}[recompute]
-    passes = 1 + BACKWARD_KERNELS
     return Compute(
         linears=forward_linears * (2 + weights.trained / weights.elements),
         attention=forward_own + forward_cross + backward_attention,
         elementwise=moved * (1 + BACKWARD_BYTES),
         recompute=repeats,
         forward=forward_linears + forward_own + forward_cross + moved,
-        kernels=layers * block_kernels(recipe) * fused * (passes + (recompute != "none"))
-        + MODEL_KERNELS * passes
-        + PARAMETER_KERNELS * weights.count,
+        kernels=micro_kernels(recipe, weights.count),
     )
 
 

@@ -13,13 +13,14 @@ and the reduced gradients are taken together though they may miss each other by 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from framework.models.config import NO_ADAPTERS
 from framework.parallel.config import MeshShape
 from framework.parallel.zero.config import SIZES
 from framework.plan.activations import ActivationBytes, activation_bytes
 from framework.plan.memory import StateBytes, state_bytes
-from framework.plan.parameters import TensorParallel, block_shapes, elements_of, parameter_shapes, split_over
+from framework.plan.sent import Weights, weights_of
 from framework.plan.traffic import MicroShape
 from framework.recipe import Recipe
 
@@ -35,20 +36,37 @@ class StepPeak:
 
     @property
     def total(self) -> float:
-        return self.states.total + self.gathered + self.gradients + self.activations.total
+        return sum(self.parts().values())
 
     @property
     def host(self) -> float:
         return self.states.host + self.activations.host
 
+    def parts(self) -> dict[str, float]:
+        """Bytes on the device by name."""
+        states = {name: getattr(self.states, name) for name in ("parameters", "masters", "moments", "gradients")}
+        return {
+            **states,
+            "gathered": self.gathered,
+            "gradients_on_their_way": self.gradients,
+            "activations": self.activations.total,
+        }
 
-def step_peak(recipe: Recipe, shape: MeshShape, micros: Sequence[MicroShape]) -> StepPeak:
-    """Of a step of `micros` on the first rank of a mesh. Raises ValueError where activations have no formula."""
-    found = max((activation_bytes(recipe, shape, micro) for micro in micros), key=lambda each: each.total)
-    whole = elements_of(parameter_shapes(recipe.model, TensorParallel(shape.tp)))
-    block = elements_of([split_over(p, TensorParallel(shape.tp)) for p in block_shapes(recipe.model)])
+
+def step_peak(
+    recipe: Recipe, shape: MeshShape, micros: Sequence[MicroShape], *, weights: Weights | None = None
+) -> StepPeak:
+    """Of a step of `micros` on the first rank of a mesh. Where weights are frozen, activations are those of a model that
+    is trained whole, which are more. Raises ValueError where activations have no formula.
+
+    weights: `weights_of(recipe, shape.tp)`, for who asks for many meshes of one model.
+    """
+    trains_all = replace(recipe, lora=NO_ADAPTERS, train=replace(recipe.train, trainable=[]))
+    found = max((activation_bytes(trains_all, shape, micro) for micro in set(micros)), key=lambda each: each.total)
+    weights = weights or weights_of(recipe, shape.tp)
+    whole, block = weights.elements, weights.block
     zero, precision, ranks = recipe.zero, recipe.precision, shape.dp * shape.cp
-    states = state_bytes(whole, ranks, zero=zero, precision=precision)
+    states = state_bytes(weights.trained, ranks, zero=zero, precision=precision, num_frozen=whole - weights.trained)
     c, g = SIZES[precision.default.compute], SIZES[precision.of("").reduce]
     gathered, gradients = 0.0, 0.0
     if zero.engine == "fsdp2":

@@ -38,7 +38,8 @@ class Part:
 class Weights:
     """What a tp rank holds of the model: made once for a model, asked for every mesh. parts: with how many parameters
     are so; empty where the closed forms don't hold. count, elements: of all parameters. trained: elements that are.
-    decayed: those that AdamW decays. summed: (parameters, elements) whose gradients are summed over tp.
+    decayed: those that AdamW decays. summed: (parameters, elements) whose gradients are summed over tp. block:
+    elements of one block.
     """
 
     parts: tuple[tuple[Part, int], ...]
@@ -47,6 +48,7 @@ class Weights:
     trained: int
     decayed: int
     summed: tuple[int, int]
+    block: int
 
 
 def is_closed(recipe: Recipe) -> bool:
@@ -73,6 +75,7 @@ def weights_of(recipe: Recipe, tp: int) -> Weights:
         trained=elements([(p, times) for p, times in counted if p.trained]),
         decayed=elements([(p, times) for p, times in counted if decays(p.name, len(p.shape))]),
         summed=(sum(times for _, times in summed), elements(summed)),
+        block=elements([(p, 1) for p, _ in counted if p.name.startswith("blocks.0.")]),
     )
 
 

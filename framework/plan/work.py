@@ -12,7 +12,10 @@ into `device.bandwidth` and `device.launch`: a backward moves twice the bytes of
 moves FUSED of them in FUSED of the kernels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
 from framework.kernels.pattern import attended_pairs
 from framework.parallel.config import MeshShape
@@ -26,8 +29,12 @@ from framework.shapes import even_parts
 FUSED = 0.4
 KERNELS = 50  # of a block's forward, counted as operations that torch dispatches, views left out
 CASTS = 30  # more of them where norms and modulation compute in a wider dtype
-MODEL_KERNELS = 120  # of a micro-batch around the blocks, noise and loss included; roughly
-PARAMETER_KERNELS = 4  # of a micro-batch for each parameter: its gradient, on its way through the engine
+MODEL_KERNELS = 36  # of a micro-batch's forward around the blocks, noise and loss included
+# A parameter's gradient on its way through an engine, for each micro-batch: counted for FSDP2; for DeepSpeed's hooks in
+# Python the processor time of a step beyond FSDP2's, in kernels.
+PARAMETER_KERNELS: Final[Mapping[tuple[str, int], int]] = MappingProxyType(
+    {("fsdp2", 2): 2, ("fsdp2", 3): 2, ("deepspeed", 1): 5, ("deepspeed", 2): 5, ("deepspeed", 3): 18}
+)
 BACKWARD_BYTES = 2
 BACKWARD_KERNELS = 2  # times the forward's: 129 in float32, 160 in bfloat16
 ATTENTION_BACKWARD = 2.5  # FLOPs of an attention kernel's backward against its forward's
@@ -102,6 +109,15 @@ def moved_bytes(recipe: Recipe, shape: MeshShape, micro: MicroShape, tokens: int
 def block_kernels(recipe: Recipe) -> int:
     """Of a block's forward."""
     return KERNELS + CASTS * (compute(recipe) != precise(recipe))
+
+
+def micro_kernels(recipe: Recipe, num_parameters: int) -> float:
+    """Of a micro-batch, forward and backward, and of what its recompute repeats."""
+    fused = FUSED if recipe.execution.compile else 1.0
+    passes = 1 + BACKWARD_KERNELS
+    blocks = recipe.model.num_layers * block_kernels(recipe) * fused
+    engine = PARAMETER_KERNELS[recipe.zero.engine, recipe.zero.stage] * num_parameters
+    return blocks * (passes + (recipe.execution.recompute != "none")) + MODEL_KERNELS * passes + engine
 
 
 def update_bytes(recipe: Recipe) -> float:

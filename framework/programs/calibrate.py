@@ -4,8 +4,9 @@ Where there is no GPU, ranks share the machine's cores: devices are measured by 
 each, and what all ranks do together is divided by how many take turns on a core, as time.py will multiply it by that.
 
 A collective's seconds are latency + steps hop + bytes / bandwidth (plan/links.py), from a small and a large tensor in
-groups of two ranks and of all. `device.step` is what is left of a small model's real step when everything else is taken
-from it.
+groups of two ranks and of all. The host's part is what is left of a small model's real steps, of one micro-batch and of
+three, when everything else is taken from them: `device.launch` from their difference (on a GPU, whose host runs ahead,
+from a block of few tokens), `device.step` from the first.
 """
 
 import datetime
@@ -36,13 +37,16 @@ from framework.parallel.collectives import (
     reduce_scatter_tokens,
     ring_exchange,
 )
+from framework.parallel.config import MeshShape
 from framework.parallel.context_parallel.tokens import split_tokens
 from framework.parallel.mesh import Group, Mesh
 from framework.plan.computing import slowdown
 from framework.plan.hardware import read_hardware
 from framework.plan.links import Kind
+from framework.plan.sent import weights_of
 from framework.plan.time import step_time
 from framework.plan.traffic import MicroShape
+from framework.plan.work import micro_kernels
 from framework.programs import build
 from framework.programs.rates import Rates, measure_rates, wait
 from framework.recipe import Recipe, build_recipe, resolve_auto
@@ -53,6 +57,7 @@ SMALL = 1 << 12  # bytes of a tensor; 64 times as many on a GPU's link
 LARGE = 1 << 22
 REPEATS = 15
 STEPS = 12  # of the small model; the first four aren't counted
+MICROS = (1, 3)  # micro-batches of its steps
 TEXT = 32
 Leaf = dict[str, object]
 
@@ -82,10 +87,15 @@ def calibrate(env: Environment, out: Path) -> None:
     barrier(mesh.control)
     measured = {kind: link_times(kind, mesh, turns, device) for kind in calls_of(mesh.world)}
     overlap = measure_overlap(mesh, device)
-    tree = describe(rates, measured, overlap, env.world_size) if rates is not None else {}
-    left = left_over(recipe, mesh, tree if env.is_first else None, env)
+    spent = [real_step(recipe, mesh, env, num_micro) for num_micro in MICROS]
     if env.is_first:
-        tree["device"]["step"] = leaf(max(1e-5, left), f"{source()}, left of a small model's step")
+        assert rates is not None
+        launch, step = rates.block.launch, 0.0
+        for _ in range(1 if device.type == "cuda" else 3):  # bandwidth follows from launch, and the other way round
+            tree = describe(rates, measured, overlap, ranks=env.world_size, launch=launch, step=step)
+            found = host_seconds(recipe, mesh.shape, tree, spent)
+            launch, step = (launch if device.type == "cuda" else found[0]), found[1]
+        tree = describe(rates, measured, overlap, ranks=env.world_size, launch=launch, step=step)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(yaml.safe_dump(tree, sort_keys=False, width=120))
         read_hardware(tree, out)
@@ -219,8 +229,8 @@ def measure_overlap(mesh: Mesh, device: torch.device) -> float:
     return min(1.0, max(0.0, (spent + computed - together) / min(spent, computed)))
 
 
-def left_over(recipe: Recipe, mesh: Mesh, tree: dict[str, Any] | None, env: Environment) -> float:
-    """Seconds of a small model's step that a description doesn't explain, for one rank on a core of its own."""
+def real_step(recipe: Recipe, mesh: Mesh, env: Environment, num_micro: int) -> float:
+    """Seconds of a small model's step of so many micro-batches; on a CPU the thread's own, without any waiting."""
     recipe = build.settle(recipe, env)
     model, shards = build.build_model(recipe, mesh)
     engine = build.build_engine(recipe, model, shards, mesh)
@@ -229,28 +239,38 @@ def left_over(recipe: Recipe, mesh: Mesh, tree: dict[str, Any] | None, env: Envi
     ema, flow, device = Ema(engine.fragments(), recipe.ema), build.build_flow(recipe), build.this_device()
     latent = latent_shape(recipe.data.buckets[0].clip, tokenizer_strides(recipe.tokenizer))
     shape = (1, recipe.model.in_channels, latent.frames, latent.height, latent.width)
-    noised = Noised(
-        *(torch.randn(shape, device=device) for _ in range(2)), *(torch.ones(1, *s, device=device) for s in ((1,), ()))
-    )
+    latents, target = (torch.randn(shape, device=device) for _ in range(2))
+    noised = Noised(latents, target, torch.ones(1, 1, device=device), torch.ones(1, device=device))
     condition = Condition(torch.randn(1, TEXT, recipe.model.text_dim, device=device))
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time
     spent = []
     for number in range(STEPS):
         barrier(mesh.control)
-        begin = time.perf_counter()
-        tokens = split_tokens(patchify(noised, recipe.model.patch_size), mesh, recipe.attention.pattern)
-        loss = flow.loss_sum(engine(tokens, condition), tokens)
-        engine.backward(loss, global_count=float(mesh.dp.size), last=True)
+        begin = clock()
+        for index in range(num_micro):
+            tokens = split_tokens(patchify(noised, recipe.model.patch_size), mesh, recipe.attention.pattern)
+            loss = flow.loss_sum(engine(tokens, condition), tokens)
+            engine.backward(loss, global_count=float(mesh.dp.size), last=index + 1 == num_micro)
         engine.step(lr=1e-4)
         ema.update(step=number)
         wait(device)
-        spent.append(time.perf_counter() - begin)
+        spent.append(clock() - begin)
     engine.destroy()
-    measured = statistics.median(spent[4:])
-    if tree is None:
-        return measured
+    return statistics.median(spent[4:])
+
+
+def host_seconds(recipe: Recipe, shape: MeshShape, tree: dict[str, Any], spent: list[float]) -> tuple[float, float]:
+    """(for a kernel, for a step): what a description doesn't explain of real steps. spent: seconds of `MICROS` micro-
+    batches, without exchanges on a CPU.
+    """
     hardware = read_hardware(tree, Path("calibration"))
-    predicted = step_time(recipe, mesh.shape, hardware, [MicroShape(0, 1, TEXT)]).total
-    return (measured - predicted) / slowdown(mesh.shape, hardware)
+    counts = [micro_kernels(recipe, weights_of(recipe, shape.tp).count) * num_micro for num_micro in MICROS]
+    said = [step_time(recipe, shape, hardware, [MicroShape(0, 1, TEXT)] * num_micro) for num_micro in MICROS]
+    if hardware.device.kind == "gpu":
+        return hardware.device.launch, max(0.0, spent[0] - said[0].total + hardware.device.step)
+    own = [(each.computing + each.optimizer) / slowdown(shape, hardware) for each in said]
+    launch = max(1e-7, (spent[1] - spent[0] - own[1] + own[0]) / (counts[1] - counts[0]))
+    return launch, max(0.0, spent[0] - own[0] - counts[0] * launch)
 
 
 def leaf(value: float, origin: str) -> Leaf:
@@ -265,8 +285,10 @@ def source() -> str:
     return f"measured on {today} on {socket.gethostname()} ({device}), torch {torch.__version__}"
 
 
-def describe(rates: Rates, links: dict[Kind, LinkTimes], overlap: float, ranks: int) -> dict[str, Any]:
-    """The description as a plain tree; `device.step` is next to nothing as yet."""
+def describe(
+    rates: Rates, links: dict[Kind, LinkTimes], overlap: float, *, ranks: int, launch: float, step: float
+) -> dict[str, Any]:
+    """The description as a plain tree."""
     here, on_gpu = source(), torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else host_bytes() / ranks
     sides = {
@@ -284,11 +306,10 @@ def describe(rates: Rates, links: dict[Kind, LinkTimes], overlap: float, ranks: 
         "attention": {
             rates.kernel: dict(zip(("forward", "backward"), (leaf(r, here) for r in rates.attention), strict=True))
         },
-        **{
-            name: leaf(getattr(rates, name), here)
-            for name in ("bandwidth", "update", "host_bandwidth", "host_memory", "launch")
-        },
-        "step": leaf(0.0, "not measured yet"),
+        **{name: leaf(getattr(rates, name), here) for name in ("update", "host_bandwidth", "host_memory")},
+        "bandwidth": leaf(rates.block.bandwidth(0.0 if on_gpu else launch), here),
+        "launch": leaf(launch, here),
+        "step": leaf(step, here),
         "price": leaf(0.0, "assumed: your own machine"),
     }
     if not on_gpu:

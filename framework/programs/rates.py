@@ -1,9 +1,7 @@
 """What one rank's device reaches, measured: matrix products, attention, a block's other operations, the update.
 
-Each number is for the formulas of plan/work.py: two unknowns of a time that they make up are told apart by a small
-and a large case,
-
-    block, few tokens     kernels * launch                        block, many tokens    + bytes / bandwidth
+The numbers are for the formulas of plan/work.py. A block's time that isn't products or attention is kernels * launch +
+bytes / bandwidth: with few tokens the first, with many the second, so that one gives the other.
 """
 
 import statistics
@@ -29,7 +27,7 @@ from framework.plan.work import update_bytes as bytes_of_update
 from framework.recipe import Recipe
 
 REPEATS = 7
-BATCH_SECONDS = 0.03  # of a repeat; on a GPU many calls are needed to fill its queue
+BATCH_SECONDS = 0.02  # of a repeat; on a GPU many calls are needed to fill its queue
 TEXT = 64
 
 
@@ -51,15 +49,35 @@ ON_GPU = Scale(40, 128, 13824, 64, 9360, ((9360, 5120, 5120), (9360, 5120, 13824
 
 
 @dataclass(frozen=True)
+class BlockTimes:
+    """Of a block forward and backward, beside its products and attention: seconds with few and with many tokens,
+    kernels, and bytes moved for many.
+    """
+
+    few: float
+    many: float
+    kernels: int
+    moved: float
+
+    @property
+    def launch(self) -> float:
+        """Seconds of the host for a kernel."""
+        return self.few / self.kernels
+
+    def bandwidth(self, launch: float) -> float:
+        """Bytes/s, where a kernel takes the host so long. launch: 0 where the host runs ahead."""
+        return self.moved / max(0.05 * self.many, self.many - launch * self.kernels)
+
+
+@dataclass(frozen=True)
 class Rates:
     """See plan/hardware.py. matmul: by dtype. kernel: whose attention it is."""
 
     matmul: dict[str, float]
     kernel: str
     attention: tuple[float, float]
-    bandwidth: float
+    block: "BlockTimes"
     update: float
-    launch: float
     host_bandwidth: float
     host_memory: float
 
@@ -97,14 +115,12 @@ def measure_rates(device: torch.device, kernel: str) -> Rates:
     matmul = {each: product_rate(scale, getattr(torch, each), device) for each in ("float32", "bfloat16")}
     attend = build_attention(AttentionConfig(kernel))  # type: ignore[arg-type]
     attention = attention_rates(scale, attend, dtype, device)
-    launch, bandwidth = block_rates(scale, attend, dtype, device, matmul[name], attention)
     return Rates(
         matmul=matmul,
         kernel=kernel,
         attention=attention,
-        bandwidth=bandwidth,
+        block=block_times(scale, attend, device, matmul[name], attention),
         update=update_rate(scale, device),
-        launch=launch,
         host_bandwidth=copy_rate(device),
         host_memory=2 * copy_rate(torch.device("cpu")),  # read and written
     )
@@ -139,15 +155,11 @@ def attention_rates(
     return flops / forward, ATTENTION_BACKWARD * flops / backward
 
 
-def block_rates(
-    scale: Scale,
-    kernel: AttentionKernel,
-    dtype: torch.dtype,
-    device: torch.device,
-    product: float,
-    attention: tuple[float, float],
-) -> tuple[float, float]:
-    """From a block of the model: seconds of the host for a kernel, bytes/s of what is neither linear nor attention."""
+def block_times(
+    scale: Scale, kernel: AttentionKernel, device: torch.device, product: float, attention: tuple[float, float]
+) -> BlockTimes:
+    """Of a block of the model. product, attention: the FLOP/s that were measured."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = ModelConfig(
         num_attention_heads=scale.heads, attention_head_dim=scale.head_dim, ffn_dim=scale.hidden, num_layers=1
     )
@@ -156,17 +168,15 @@ def block_rates(
         block = Block(model, kernel).to(dtype)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
-    rest = {}
-    for tokens in (scale.few, scale.many):
+
+    def rest(tokens: int) -> float:
         flops = block_flops(model, tokens=tokens, text=TEXT)
         known = 3 * flops.linears / product
         known += flops.attention * (1 / attention[0] + ATTENTION_BACKWARD / attention[1])
-        rest[tokens] = max(1e-9, seconds_of(block_call(block, tokens, dtype, device), device) - known)
-    kernels = block_kernels(recipe) * (1 + BACKWARD_KERNELS)
-    launch = rest[scale.few] / kernels
+        return max(1e-9, seconds_of(block_call(block, tokens, dtype, device), device) - known)
+
     moved = moved_bytes(recipe, MeshShape(1, 1, 1, 1), MicroShape(0, 1, TEXT), scale.many) * (1 + BACKWARD_BYTES)
-    host = 0.0 if device.type == "cuda" else rest[scale.few]
-    return launch, moved / max(0.05 * rest[scale.many], rest[scale.many] - host)
+    return BlockTimes(rest(scale.few), rest(scale.many), block_kernels(recipe) * (1 + BACKWARD_KERNELS), moved)
 
 
 def precise_recipe(recipe: Recipe, dtype: str) -> Recipe:

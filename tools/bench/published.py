@@ -21,9 +21,10 @@ from types import MappingProxyType
 
 from framework.parallel.config import MeshShape
 from framework.plan.hardware import Attention, Hardware, Table, load_hardware
+from framework.plan.sent import weights_of
 from framework.plan.time import StepTime, step_time
 from framework.plan.traffic import MicroShape
-from framework.recipe import Recipe, build_recipe
+from framework.recipe import Recipe, bucket_tokens, build_recipe
 
 NEAR = 0.1
 TEXT = 512
@@ -49,7 +50,7 @@ POINTS = (
     Point("8 H100, FSDP2", 175.9, MeshShape(8, 1, 1, 1), 1, "fsdp2", 3, "all"),
 )
 ASSUMED = (
-    "model FLOPs by plan/flops.py (forward 1, backward 2; cross-attention and text count); NVIDIA's formula wasn't read",
+    "model FLOPs by plan/flops.py (forward 1, backward 2; cross-attention and text count); NVIDIA's was not read",
     "attention by cuDNN in all three; recompute none with CP 4 x TP 2, all of each block with FSDP2",
     "CP 4 is Ulysses inside a node; 8 micro-batches of one sample a replica at 128 GPUs, one of one sample with FSDP2",
     "DDP sends what ZeRO 1 sends in bfloat16, none of it hidden (it is once in 8 micro-batches)",
@@ -99,21 +100,29 @@ def scaled(hardware: Hardware, efficiency: float) -> Hardware:
 
 def predict(point: Point, hardware: Hardware) -> StepTime:
     """A step of it."""
-    return step_time(recipe_of(point), point.shape, hardware, [MicroShape(0, 1, TEXT)] * point.micros)
+    return step_time(recipe_of(point), point.shape, hardware, micros_of(point))
+
+
+def micros_of(point: Point) -> list[MicroShape]:
+    """Of a rank's step."""
+    return [MicroShape(0, 1, TEXT)] * point.micros
 
 
 def calibrated(point: Point, hardware: Hardware) -> float:
     """The efficiency with which its prediction is what was measured; by bisection, as more is always faster."""
+    recipe = recipe_of(point)
+    weights = weights_of(recipe, point.shape.tp)
     low, high = 0.01, 10.0
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
-        slower = predict(point, scaled(hardware, middle)).rank_flops < point.measured * 1e12
+        found = step_time(recipe, point.shape, scaled(hardware, middle), micros_of(point), weights=weights)
+        slower = found.rank_flops < point.measured * 1e12
         low, high = (middle, high) if slower else (low, middle)
     return low
 
 
 def lines() -> Iterator[str]:
-    """The tables."""
+    """Efficiency, points and assumptions."""
     hardware = load_hardware("h100")
     efficiency = calibrated(POINTS[0], hardware)
     yield f"one efficiency, from the first point: {efficiency:.3f} of the rates in h100.yaml"
@@ -125,8 +134,14 @@ def lines() -> Iterator[str]:
             "calibrated on" if number == 0 else "consistent with" if abs(ratio - 1) <= NEAR else "NOT consistent with"
         )
         yield f"{point.name:24}{point.measured:10.1f}{found:10.1f}{ratio:8.3f}  {near}"
-    yield "assumed:"
+    tokens = ", ".join(f"{bucket_tokens(recipe_of(point), 0).num_tokens:,}" for point in POINTS)
+    yield f"assumed, at {tokens} tokens:"
     yield from (f"  {text}" for text in ASSUMED)
+
+
+def other_lines() -> Iterator[str]:
+    """What other assumptions would give."""
+    hardware = load_hardware("h100")
     yield "predicted / measured of the two FSDP2 points under other assumptions, each calibrated anew:"
     for first in ("none", "keep_attention", "all"):
         for kernel in ("cudnn", "aten"):
@@ -140,5 +155,5 @@ def lines() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    for text in lines():
+    for text in (*lines(), *other_lines()):
         print(text)
