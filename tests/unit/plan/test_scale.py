@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from framework.cli import app
 from framework.models.config import RopeConfig
 from framework.parallel.config import MeshConfig
-from framework.plan.scale import Change, ScaleRequest, bridge_stages, changes_for, figures_of
+from framework.plan.scale import Change, ScaleRequest, bridge_stages, changes_for, figures_of, last_stage
 from framework.plan.scale_file import STAGED, node_lines
 from framework.plan.scale_mesh import Placement
 from framework.recipe import Recipe, load_recipe
@@ -224,6 +224,15 @@ def test_a_scaled_recipe_scales_again(tmp_path: Path) -> None:
     assert scale(RECIPES / "wan2.1-14b.yaml", "--seconds", 10, "--out", first)[0] == 0
     assert scale(first, "--seconds", 20, "--gpus", 256, "--out", second)[0] == 0
     assert load_recipe(second, []).rope == RopeConfig("riflex", 3.8572, 21)
+
+
+def test_a_recipe_with_stages_goes_on_from_its_last() -> None:
+    first, last = (
+        {"name": name, "exit": {"steps": n}, "data": {"global_batch": n}} for name, n in (("a", 5), ("b", 7))
+    )
+    tree = {"seed": 1, "data": {"global_batch": 2, "micro_batch": 3}, "stages": [first, last]}
+    assert last_stage(tree) == {"seed": 1, "data": {"global_batch": 7, "micro_batch": 3}, "train": {"steps": 7}}
+    assert last_stage({"seed": 1}) == {"seed": 1}
 
 
 @pytest.mark.parametrize(
