@@ -159,6 +159,13 @@ def test_movie_gen_doubles() -> None:
     assert found["data.global_batch"] == 128 and math.prod(found["mesh"].values()) == 256
 
 
+def test_ulysses_stays_within_a_node() -> None:
+    """147,456 tokens need 4 ranks a sample, and tp 4 leaves 2 of a node's 8 to Ulysses, though there are 12 heads."""
+    found = changed(load_recipe(RECIPES / "moviegen-30b.yaml", []), ScaleRequest(32))
+    assert found["mesh"] == {"dp": 384, "ring": 2, "ulysses": 2, "tp": 4}
+    assert found["data.global_batch"] == 768  # 1,536 * 0.5008, to a multiple of 384
+
+
 def test_the_bridge_has_the_tokens_of_before_at_half_the_rate() -> None:
     changes = changes_for(wan(), ScaleRequest(20, 256))
     half, full = bridge_stages(wan(), changes)
