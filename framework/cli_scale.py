@@ -7,7 +7,7 @@ import typer
 
 from framework import log
 from framework.layers import apply_overrides
-from framework.plan.scale import RopeTime, ScaleRequest, apply_to, bridge_stages, changes_for, figures_of
+from framework.plan.scale import RopeTime, ScaleRequest, apply_to, bridge_stages, changes_for, figures_of, last_stage
 from framework.plan.scale_file import STAGED, change_lines, recipe_text, table_lines
 from framework.recipe import build_recipe, read_recipe_layers
 
@@ -38,7 +38,7 @@ def scale(
     if out is not None and out.exists():
         raise ValueError(f"--out {out} is there already: name a new file, or remove it")
     size = None if resolution is None else parse_size(resolution)
-    tree = apply_overrides(read_recipe_layers(recipe), overrides or [])
+    tree = last_stage(apply_overrides(read_recipe_layers(recipe), overrides or []))
     old = build_recipe(tree)
     request = ScaleRequest(seconds, gpus, size, batch, rope)  # type: ignore[arg-type]
     changes = changes_for(old, request)

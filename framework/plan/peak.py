@@ -56,8 +56,8 @@ class StepPeak:
 def step_peak(
     recipe: Recipe, shape: MeshShape, micros: Sequence[MicroShape], *, weights: Weights | None = None
 ) -> StepPeak:
-    """Of a step of `micros` on the first rank of a mesh. Where weights are frozen, activations are those of a model that
-    is trained whole, which are more. Raises ValueError where activations have no formula.
+    """Of a step of `micros` on the first rank of a mesh. Where weights are frozen, activations are those of a model
+    that is trained whole, which are more. Raises ValueError where activations have no formula.
 
     weights: `weights_of(recipe, shape.tp)`, for who asks for many meshes of one model.
     """

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from framework.data.config import BucketConfig
-from framework.layers import Tree, assign
+from framework.layers import Tree, assign, overlay
 from framework.models.config import RopeConfig
 from framework.plan.flops import step_flops
 from framework.plan.scale_mesh import (
@@ -309,6 +309,19 @@ BRIDGED: Final = (
     "flow.shift.fixed.value",
     "optimizer.lr",
 )
+
+
+def last_stage(tree: Tree) -> Tree:
+    """The keys of a recipe with stages as they are in its last one, which the weights come out of; of one without, its
+    own.
+    """
+    plain = copy.deepcopy(tree)
+    stages = plain.pop("stages", [])
+    if stages:
+        overlay(plain, {key: value for key, value in stages[-1].items() if key not in ("name", "exit")}, top=True)
+        if (steps := stages[-1].get("exit", {}).get("steps")) is not None:
+            plain["train"] = plain.get("train", {}) | {"steps": steps}
+    return plain
 
 
 def apply_to(tree: Tree, changes: list[Change]) -> Tree:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from framework.cli import app
 from framework.models.config import RopeConfig
 from framework.parallel.config import MeshConfig
-from framework.plan.scale import Change, ScaleRequest, bridge_stages, changes_for, figures_of
+from framework.plan.scale import Change, ScaleRequest, bridge_stages, changes_for, figures_of, last_stage
 from framework.plan.scale_file import STAGED, node_lines
 from framework.plan.scale_mesh import Placement
 from framework.recipe import Recipe, load_recipe
@@ -159,6 +159,13 @@ def test_movie_gen_doubles() -> None:
     assert found["data.global_batch"] == 128 and math.prod(found["mesh"].values()) == 256
 
 
+def test_ulysses_stays_within_a_node() -> None:
+    """147,456 tokens need 4 ranks a sample, and tp 4 leaves 2 of a node's 8 to Ulysses, though there are 12 heads."""
+    found = changed(load_recipe(RECIPES / "moviegen-30b.yaml", []), ScaleRequest(32))
+    assert found["mesh"] == {"dp": 384, "ring": 2, "ulysses": 2, "tp": 4}
+    assert found["data.global_batch"] == 768  # 1,536 * 0.5008, to a multiple of 384
+
+
 def test_the_bridge_has_the_tokens_of_before_at_half_the_rate() -> None:
     changes = changes_for(wan(), ScaleRequest(20, 256))
     half, full = bridge_stages(wan(), changes)
@@ -224,6 +231,15 @@ def test_a_scaled_recipe_scales_again(tmp_path: Path) -> None:
     assert scale(RECIPES / "wan2.1-14b.yaml", "--seconds", 10, "--out", first)[0] == 0
     assert scale(first, "--seconds", 20, "--gpus", 256, "--out", second)[0] == 0
     assert load_recipe(second, []).rope == RopeConfig("riflex", 3.8572, 21)
+
+
+def test_a_recipe_with_stages_goes_on_from_its_last() -> None:
+    first, last = (
+        {"name": name, "exit": {"steps": n}, "data": {"global_batch": n}} for name, n in (("a", 5), ("b", 7))
+    )
+    tree = {"seed": 1, "data": {"global_batch": 2, "micro_batch": 3}, "stages": [first, last]}
+    assert last_stage(tree) == {"seed": 1, "data": {"global_batch": 7, "micro_batch": 3}, "train": {"steps": 7}}
+    assert last_stage({"seed": 1}) == {"seed": 1}
 
 
 @pytest.mark.parametrize(
