@@ -128,6 +128,8 @@ def on_rank(folder: Path, world: int, repeats: int, steps: int) -> None:
             timed = bench(recipe, env, name=name, steps=steps, minutes=2.0, hardware=hardware)
             assert timed.predicted is not None
             found.append(Once(name, world, timed.seconds, timed.predicted))
+            if env.is_first:
+                print(json.dumps(asdict(found[-1])), flush=True)
     if env.is_first:
         (folder / f"found-{world}.json").write_text(json.dumps([asdict(each) for each in found]))
 
