@@ -79,16 +79,21 @@ def attention_rates(recipe: Recipe, hardware: Hardware) -> Attention:
 
 def compute_of(recipe: Recipe, hardware: Hardware, work: Work, rates: Attention, weights: Weights) -> Compute:
     """Of a micro-batch, forward and backward."""
-    device, layers, recompute = hardware.device, recipe.model.num_layers, recipe.execution.recompute
+    device, layers = hardware.device, recipe.model.num_layers
     products = rate(device.matmul, recipe.precision.default.compute, "device.matmul")
     fused = FUSED if recipe.execution.compile else 1.0
     forward_linears = (layers * work.linears + work.outer_linears) / products
     forward_own, forward_cross = (layers * flops / rates.forward for flops in (work.attention, work.cross))
     backward_attention = layers * ATTENTION_BACKWARD * (work.attention + work.cross) / rates.backward
     moved = (layers * work.moved * fused + work.outer_moved) / device.bandwidth
-    # Of options that compute some blocks or tokens again (a number of blocks, chunks): their share belongs here.
+    execution = recipe.execution
     again = layers * (work.linears / products + work.moved * fused / device.bandwidth) + forward_cross
-    repeats = {"none": 0.0, "keep_attention": again, "all": again + forward_own}[recompute]
+    repeats = {"none": 0.0, "keep_attention": again, "all": again + forward_own}[execution.recompute]
+    repeats *= sum(execution.recomputes(index, layers) for index in range(layers)) / layers
+    if (
+        execution.chunk_tokens
+    ):  # in its backward a chunk of the feed-forward is computed again as far as its second linear
+        repeats += layers * work.hidden / products
     return Compute(
         linears=forward_linears * (2 + weights.trained / weights.elements),
         attention=forward_own + forward_cross + backward_attention,

@@ -43,13 +43,14 @@ ATTENTION_BACKWARD = 2.5  # FLOPs of an attention kernel's backward against its 
 @dataclass(frozen=True)
 class Work:
     """One block's forward, and (outer) what is around the blocks: FLOPs, bytes. attention: self-attention, which a ring
-    cuts and recompute may keep; cross: to the text.
+    cuts and recompute may keep; cross: to the text. hidden: of the linears, what leads into the feed-forward.
     """
 
     linears: float
     attention: float
     cross: float
     moved: float
+    hidden: float
     outer_linears: float
     outer_moved: float
 
@@ -74,6 +75,7 @@ def block_work(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> Work:
         attention=attention,
         cross=attention_flops(tokens * seen, width),
         moved=moved_bytes(recipe, shape, micro, tokens),
+        hidden=linear_flops(tokens, model.width, hidden),
         outer_linears=outer,
         outer_moved=tokens // n * (model.in_patch_dim + 2 * model.width) * 8.0,
     )

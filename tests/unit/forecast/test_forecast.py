@@ -1,0 +1,114 @@
+"""What a plan says of a recipe, against numbers worked out by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from framework.cli import app
+from framework.forecast.forecast import forecast
+from framework.forecast.search import search
+from framework.forecast.text import to_json
+from framework.parallel.config import MeshShape, resolve_mesh
+from framework.plan.hardware import load_hardware
+from framework.recipe import Recipe, load_recipe
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+H100 = load_hardware("h100")
+
+
+@pytest.fixture(scope="module")
+def wan() -> Recipe:
+    return load_recipe(RECIPES / "wan2.1-14b.yaml", [])
+
+
+def test_tokens_flops_and_sizes_are_those_worked_out_by_hand(wan: Recipe) -> None:
+    """21 x 30 x 52 tokens. FLOPs: 3 x (40 blocks x (2 S D (6 D + 2 F) + 4 L D^2 + 4 S D (S + L)) + what is around)."""
+    found = forecast(wan, resolve_mesh(wan.mesh, num_ranks=None), H100)
+    (bucket,) = found.buckets
+    tokens, width, ffn, text = 21 * 30 * 52, 5120, 13824, 512
+    assert (bucket.tokens, bucket.samples, bucket.micro_batches) == (tokens, 64, (1, 1, 1, 1))
+    linears = 2 * tokens * width * (6 * width + 2 * ffn) + 4 * text * width**2
+    attention = 4 * tokens * width * (tokens + text)
+    around = 2 * tokens * width * 128 + 2 * text * width * (4096 + width) + 2 * width * (256 + 7 * width)
+    assert bucket.petaflops == pytest.approx(3 * (40 * (linears + attention) + around) / 1e15, rel=1e-12)
+    assert bucket.attention == pytest.approx(3 * 40 * attention / (bucket.petaflops * 1e15), rel=1e-12)
+    assert bucket.tokens_a_rank == tokens / 8
+    assert found.parameters == found.trained == 14_288_491_584
+    assert found.checkpoint == 16 * found.parameters
+    assert found.samples == 64 * wan.train.steps and found.tokens == found.samples * tokens
+    assert found.latents == found.samples * 2 * 16 * 21 * 60 * 104
+    assert found.hours == pytest.approx(found.time.total * wan.train.steps / 3600)
+    assert found.gpu_hours == pytest.approx(128 * found.hours)
+
+
+def test_memory_is_states_and_what_is_listed(wan: Recipe) -> None:
+    """fsdp2, stage 3, 64 ranks of half the model each: 4, 8 and 4 bytes of a 64th, and the average's 4."""
+    memory = forecast(wan, resolve_mesh(wan.mesh, num_ranks=None), H100).memory
+    parts, part = memory.parts(), 14_288_491_584 / 2 / 64
+    # tp leaves some parameters whole: norms, tables and biases, embeddings and head, 1.2 % of all.
+    assert parts["masters"] == pytest.approx(4 * part, rel=0.02)
+    assert parts["moments"] == 2 * parts["masters"] == 2 * parts["ema"]
+    assert memory.total == pytest.approx(sum(parts.values())) and memory.fits
+    assert parts["communicators"] == 6 * H100.device.communicator
+
+
+def test_a_step_of_several_buckets_is_their_mean() -> None:
+    recipe = load_recipe(RECIPES / "moviegen-1b.yaml", ["stages=[]"])
+    shape = resolve_mesh(recipe.mesh, num_ranks=None)
+    found = forecast(recipe, shape, H100)
+    video, image = found.buckets
+    assert (video.tokens, image.tokens) == (73_728, 2_304)
+    # Shares of the samples 10 : 1, so of the draws (10 / n) : (1 / m) for draws of n and m samples.
+    draws = 10 / video.samples, 1 / image.samples
+    mean = (draws[0] * video.seconds + draws[1] * image.seconds) / sum(draws)
+    assert found.time.total == pytest.approx(mean)
+
+
+def test_the_plain_data_are_complete(wan: Recipe) -> None:
+    plain = json.loads(json.dumps(to_json([forecast(wan, resolve_mesh(wan.mesh, num_ranks=None), H100)])))
+    (stage,) = plain["stages"]
+    assert stage["memory"]["fits"] and stage["mesh"] == {"dp": 16, "ring": 1, "ulysses": 4, "tp": 2}
+    parts = [value for name, value in stage["time"].items() if name not in ("total", "mfu", "model_flops")]
+    assert stage["time"]["total"] == pytest.approx(sum(parts))
+
+
+def test_a_search_finds_what_fits_the_fastest_first(wan: Recipe) -> None:
+    layouts = search(wan, H100, gpus=128)
+    times = [layout.time.total for layout in layouts]
+    assert times == sorted(times) and all(layout.memory.fits for layout in layouts)
+    assert all(layout.shape.world_size == 128 for layout in layouts)
+    assert all(layout.shape.ulysses * layout.shape.tp <= 8 for layout in layouts), "inside the link domain"
+    for layout in (layouts[0], layouts[len(layouts) // 2], layouts[-1]):
+        again = load_recipe(RECIPES / "wan2.1-14b.yaml", layout.words)
+        found = forecast(again, resolve_mesh(again.mesh, num_ranks=128), H100)
+        assert found.time.total == pytest.approx(layout.time.total)
+        assert found.memory.total == pytest.approx(layout.memory.total)
+    mine = forecast(wan, MeshShape(16, 1, 4, 2), H100)
+    assert times[0] <= mine.time.total, "the recipe's own layout is one of them"
+
+
+def test_a_search_on_a_device_that_is_too_small_says_what_is_the_least(wan: Recipe) -> None:
+    small = replace(H100, device=replace(H100.device, memory=4e9))
+    with pytest.raises(ValueError, match=r"no layout of this recipe on 16 GPUs fits 4.0 GB \(h100\); the least .* GB"):
+        search(wan, small, gpus=16)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["wan2.1-14b.yaml", "--gpus", "0"], "--gpus 0 must be at least 1"),
+        (["wan2.1-14b.yaml", "--gpus", "24"], "world_size doesn't hold: 16 \\* 1 \\* 4 \\* 2 against 24"),
+        (["wan2.1-14b.yaml", "mesh.dp=1", "mesh.tp=1", "zero.stage=2"], "a rank needs .* GB and the device has 84.9"),
+        (["wan2.1-14b.yaml", "--gpu", "h1000"], "did you mean h100"),
+        ([], "name a recipe"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_number(words: list[str], message: str) -> None:
+    words = [str(RECIPES / word) if word.endswith(".yaml") else word for word in words]
+    found = CliRunner().invoke(app, ["plan", *words])
+    assert isinstance(found.exception, ValueError)
+    with pytest.raises(ValueError, match=message):
+        raise found.exception
