@@ -6,9 +6,12 @@ from typing import Annotated, get_args
 import typer
 
 from framework import log
+from framework.forecast.search import fastest_placement
 from framework.layers import apply_overrides
+from framework.plan.hardware import load_hardware
 from framework.plan.scale import RopeTime, ScaleRequest, apply_to, bridge_stages, changes_for, figures_of, last_stage
 from framework.plan.scale_file import STAGED, change_lines, recipe_text, table_lines
+from framework.plan.scale_mesh import choose_mesh
 from framework.recipe import build_recipe, read_recipe_layers
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -23,6 +26,7 @@ def scale(
     *,
     seconds: Annotated[float, typer.Option(help="Duration of the longest clips.")],
     gpus: Annotated[int | None, typer.Option(help="GPUs to use; those of the recipe's mesh.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="h100, or a file: the mesh is the fastest there.")] = None,
     resolution: Annotated[str | None, typer.Option(metavar="HxW", help="Another size in pixels: 720x1280.")] = None,
     batch: Annotated[str, typer.Option(help="What a step keeps: tokens or samples.")] = "tokens",
     rope: Annotated[str | None, typer.Option(help="none, interpolation, ntk or riflex; chosen by the factor.")] = None,
@@ -41,7 +45,10 @@ def scale(
     tree = last_stage(apply_overrides(read_recipe_layers(recipe), overrides or []))
     old = build_recipe(tree)
     request = ScaleRequest(seconds, gpus, size, batch, rope)  # type: ignore[arg-type]
-    changes = changes_for(old, request)
+    named = gpu or old.hardware.name
+    hardware = load_hardware(named) if named else None
+    choose = fastest_placement(hardware) if hardware and hardware.device.kind == "gpu" else choose_mesh
+    changes = changes_for(old, request, choose=choose)
     stages, new = bridge_stages(old, changes), build_recipe(apply_to(tree, changes))
     words = [*table_lines(figures_of(old), figures_of(new)), ""]
     for text in [*words, *change_lines(changes)]:

@@ -20,6 +20,7 @@ from framework.forecast.step import mean_step
 from framework.parallel.config import MeshConfig, MeshShape
 from framework.parallel.zero.config import ZeroConfig, check_engine
 from framework.plan.hardware import Hardware
+from framework.plan.scale_mesh import ChooseMesh, Placement, choose_mesh
 from framework.plan.sent import Weights, weights_of
 from framework.plan.time import StepTime
 from framework.recipe import Recipe
@@ -160,3 +161,34 @@ def first_that_fits(
             return Layout(tried, shape, memory, mean_step(tried, shape, hardware, draws, weights))
         least = memory if least is None or memory.total < least.total else least
     return least
+
+
+def fastest_placement(hardware: Hardware) -> ChooseMesh:
+    """For `cuboid scale`: the mesh of the fastest layout that leaves the rest of a recipe as it is, and its recompute.
+    Without a number of GPUs the simplest mesh that holds the clip (plan/scale_mesh.py).
+    """
+
+    def choose(old: Recipe, new: Recipe, gpus: int | None) -> Placement:
+        if gpus is None:
+            return choose_mesh(old, new, gpus)
+        alike = [layout for layout in search(new, hardware, gpus=gpus) if keeps_the_rest(layout.recipe, new)]
+        if not alike:
+            raise ValueError(
+                f"no mesh of {gpus} GPUs fits these clips with zero.engine={new.zero.engine}, zero.stage="
+                f"{new.zero.stage} and data.micro_batch={new.data.micro_batch}: raise --gpus, or change those"
+            )
+        shape = alike[0].shape
+        mesh = MeshConfig(shape.dp, shape.ring, shape.ulysses, shape.tp)
+        return Placement(mesh, alike[0].recipe.execution.recompute)
+
+    return choose
+
+
+def keeps_the_rest(found: Recipe, wanted: Recipe) -> bool:
+    """Whether a layout differs in mesh and recompute alone."""
+    execution = replace(found.execution, recompute=wanted.execution.recompute)
+    return (found.zero, execution, found.data.micro_batch) == (
+        wanted.zero,
+        wanted.execution,
+        wanted.data.micro_batch,
+    )
