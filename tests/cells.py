@@ -46,7 +46,8 @@ IMAGE = replace(MODEL, image_dim=5, added_kv_proj_dim=36, in_channels=4)
 @dataclass(frozen=True)
 class Cell:
     """One cell. latent: frames, rows, columns of patches. samples: over all dp ranks; 0 of them on some if fewer.
-    memory: the other keys of `execution`. adapted: adapters on all kinds of linears. trainable: patterns of what is trained besides.
+    memory: the other keys of `execution`. adapted: adapters on all kinds of linears. trainable: patterns of what is
+    trained besides.
     """
 
     mesh: MeshShape

@@ -24,7 +24,6 @@ from framework.kernels.attention import AttentionKernel
 from framework.parallel.context_parallel.ring import ring_backward, ring_forward
 from framework.parallel.context_parallel.ulysses import gather_tokens_scatter_heads, scatter_tokens_gather_heads
 
-
 # Puts tensors away until the function that it gives is called, which gives them back.
 PutAway = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
 
