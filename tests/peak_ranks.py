@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_ranks import backwards, live_bytes
+from engine_ranks import backwards, live_bytes, storage_bytes
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,11 +24,13 @@ from framework.plan.traffic import MicroShape
 from framework.programs import build
 from framework.recipe import Recipe, load_recipe, resolve_auto
 
+TO_HOST = offload.to_host
+
 
 @dataclass(frozen=True)
 class Counted:
-    """Bytes. states: after a step's backward. peak: the most until then, states included, host apart; step: and until
-    the update is done.
+    """Bytes. states: of parameters, master weights and moments. peak: the most until a step's last backward, these
+    included, host apart; step: and until the update is done.
     """
 
     shape: MeshShape
@@ -38,19 +40,18 @@ class Counted:
     peak: int
     step: int
     host: int
-    where: str
 
 
 class PeakMeter(TorchDispatchMode):
-    """While inside, bytes of every storage that an operation has seen and that is still there, after each operation;
-    what is on the host by `offload` apart.
+    """While inside, bytes of every storage that an operation has seen and that is still there, after each operation
+    that makes one or changes one's size; what is on the host by `offload` apart.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[int, tuple[int, bool]] = {}  # a storage's address -> weak reference, whether on the host
-        self.peak, self.host, self.where = 0, 0, ""
+        self._seen: dict[int, int] = {}  # a storage's address -> weak reference
         self._on_host: set[int] = set()
+        self.peak, self.host = 0, 0
         gc.collect()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -58,18 +59,24 @@ class PeakMeter(TorchDispatchMode):
                 if issubclass(type(thing), Tensor):
                     self._note(thing)
 
-    def put_on_host(self, tensor: Tensor) -> None:
-        self._on_host.add(tensor.untyped_storage()._cdata)
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """In the place of `offload.to_host`."""
+        out = TO_HOST(tensor)
+        self._on_host.add(out.untyped_storage()._cdata)
+        return out
 
-    def _note(self, tensor: Tensor) -> None:
+    def _note(self, tensor: Tensor) -> bool:
+        """Whether its storage is new here."""
         plain = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
         if plain.is_meta:
-            return
+            return False
         storage = plain.untyped_storage()
-        if storage._cdata not in self._seen:
+        new = storage._cdata not in self._seen
+        if new:
             self._seen[storage._cdata] = storage._weak_ref()
+        return new
 
-    def _measure(self, name: str) -> None:
+    def _measure(self) -> None:
         total = host = 0
         for address, weak in list(self._seen.items()):
             storage = torch.UntypedStorage._new_with_weak_ptr(weak)
@@ -81,16 +88,15 @@ class PeakMeter(TorchDispatchMode):
                 host += storage.nbytes()
             else:
                 total += storage.nbytes()
-        self.host = max(self.host, host)
-        if total > self.peak:
-            self.peak, self.where = total, name
+        self.host, self.peak = max(self.host, host), max(self.peak, total)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, out)):
-            if isinstance(leaf, Tensor):
-                self._note(leaf)
-        self._measure(str(func))
+        if func.is_view or func is torch.ops.aten.detach.default:
+            return out
+        leaves = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        if sum(self._note(leaf) for leaf in leaves) or func.namespace in ("c10d", "fsdp"):
+            self._measure()
         return out
 
 
@@ -104,28 +110,21 @@ def count(recipe: Recipe, mesh: Mesh, before: int) -> Counted:
     for _ in range(2):
         next(steps)
         engine.step(lr=1e-3)
-    to_host = offload.to_host
     with PeakMeter() as meter:
-
-        def noted(tensor: Tensor) -> Tensor:
-            out = to_host(tensor)
-            meter.put_on_host(out)
-            return out
-
-        offload.to_host = noted
+        offload.to_host = meter.to_host
         next(steps)
         backward = meter.peak
-        held = live_bytes()
         engine.step(lr=1e-3)
-        offload.to_host = to_host
-    with_data = live_bytes()
+        offload.to_host = TO_HOST
     del steps
+    held = [getattr(p, "ds_tensor", p) for p in model.parameters()]
+    held = [p._local_tensor if isinstance(p, DTensor) else p for p in held]
+    states = storage_bytes([*held, *(fragment.flat for fragment in engine.fragments())])
     work = build.build_schedule(recipe, streams_of(recipe), build.bucket_meshes(recipe, mesh))[2]
     micros = tuple(MicroShape(micro.bucket, len(micro.slots), 16) for micro in work.micro_batches)
     sizes = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    states = held - (with_data - live_bytes()) - before
     engine.destroy()
-    return Counted(mesh.shape, micros, sizes, states, backward - before, meter.peak - before, meter.host, meter.where)
+    return Counted(mesh.shape, micros, sizes, states, backward - before, meter.peak - before, meter.host)
 
 
 def count_cells(env: Environment, recipe_path: Path, cells: list[tuple[list[str], int]]) -> list[Counted]:

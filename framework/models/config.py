@@ -169,7 +169,7 @@ class ExecutionConfig:
             )
 
     def recomputes(self, index: int, num_layers: int) -> bool:
-        """Whether the block of this index is recomputed. Of n blocks, k are: those where k i / n passes an integer."""
+        """Whether the block of this index is recomputed: k of n blocks are, where k i / n passes an integer."""
         if self.recompute == "none":
             return False
         chosen = num_layers if self.recompute_blocks is None else self.recompute_blocks

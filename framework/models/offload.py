@@ -47,9 +47,9 @@ class Shelf:
 
     def put(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
         """Send tensors out; call what is returned to have them back. One that is there twice travels once."""
-        parcels = {id(tensor): Parcel(tensor, self) for tensor in tensors}
+        places = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+        parcels = {place: Parcel(tensor, self) for place, tensor in dict(zip(places, tensors, strict=True)).items()}
         self._parcels.update(parcels.values())
-        places = [id(tensor) for tensor in tensors]
 
         def bring() -> tuple[Tensor, ...]:
             self.send_back()

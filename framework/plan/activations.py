@@ -37,7 +37,7 @@ class ActivationBytes:
     """On the first rank, which has the most, at the moment of the most. blocks: kept for the backward by blocks that
     aren't computing. block: of the one that is, what it keeps and what comes and goes. head: of head and loss, where
     these are at work instead. inputs: latents, noise, patches, conditions and rotation, which are there throughout.
-    host: what waits in the host's memory, not in the total.
+    host: what waits in the host's memory, not in the total. forward: of all of them, as the forward comes to the head.
     """
 
     blocks: int
@@ -45,6 +45,7 @@ class ActivationBytes:
     head: int
     inputs: int
     host: int
+    forward: int
 
     @property
     def total(self) -> int:
@@ -90,7 +91,8 @@ def activation_bytes(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> Act
     moments = [(sum(here[:index]), peak + extra[index], 0) for index in range(layers)] + [(sum(here), 0, head)]
     blocks, block, head = max(moments, key=sum)
     host = away * sum(recomputed) if execution.offload else 0
-    return ActivationBytes(blocks, block, head, inputs, host)
+    forward = sum(here) + inputs + head_keeps(recipe, micro, units)
+    return ActivationBytes(blocks, block, head, inputs, host, forward)
 
 
 def units_of(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> Units:
@@ -144,6 +146,11 @@ def block_peak(recipe: Recipe, shape: MeshShape, units: Units, whole: int) -> in
     forward = 2 * g + x
     feed = x - w + g + h
     return whole + max(gate, forward, feed)
+
+
+def head_keeps(recipe: Recipe, micro: MicroShape, units: Units) -> int:
+    """In its forward: x, what is normed and what is modulated."""
+    return head_peak(recipe, micro, units) // 2
 
 
 def head_peak(recipe: Recipe, micro: MicroShape, units: Units) -> int:

@@ -4,12 +4,15 @@ States are those of memory.py. What is gathered on top of them, of psi parameter
 
     fsdp2 2        all of it, from the step's first forward to its last backward
     fsdp2 3        what is in no block, and two blocks: the one that computes and the one that is fetched ahead
-    deepspeed 3    what `zero.reuse_distance` and `zero.prefetch` let it hold on to, at most all of it; and what arrived
-                   of `zero.prefetch` together once more, until the last of it is used
+    deepspeed 3    what `zero.reuse_distance` and `zero.prefetch` let it hold on to, at most all of it; in the forward
+                   what arrived of `zero.prefetch` together once more
 
-Gradients on their way are a block's, in c bytes as the backward gives them and in g bytes as they are reduced;
-DeepSpeed's stages have a bucket instead (`zero.bucket_size`, allocated whole). That, the moment of the most activations
-and the reduced gradients are taken together though they may miss each other by a little; this is an upper estimate.
+Gradients on their way are a block's in g bytes as it is reduced; DeepSpeed's stages have a bucket instead
+(`zero.bucket_size`, allocated whole). With more than one micro-batch its stage 1 in float32 holds the sum unreduced,
+4 psi, and stage 2 a micro-batch's part beside the sum's, c psi / N.
+
+All that, the moment of the most activations and the reduced gradients are taken together, though they may miss each
+other by a little.
 """
 
 from collections.abc import Sequence
@@ -77,6 +80,11 @@ def step_peak(
         gradients = float(c * zero.bucket_size)
         if zero.stage == 1 and precision.parameters == "float32" and len(micros) > 1:
             gradients += 4 * whole * (1 - 1 / ranks)
+        if zero.stage == 2 and len(micros) > 1:
+            gradients += c * whole / ranks
         if zero.stage == 3:
-            gathered = float(c * (min(whole, block + zero.prefetch + zero.reuse_distance) + min(whole, zero.prefetch)))
+            gathered = float(c * min(whole, block + zero.prefetch + zero.reuse_distance))
+            # In the forward what arrived together is there twice, until the last of it is used.
+            forward = found.forward + c * min(whole, zero.prefetch)
+            gathered += max(0, forward - found.total)
     return StepPeak(states, gathered, gradients, found)

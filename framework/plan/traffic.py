@@ -15,8 +15,8 @@ computes in, p of norms and modulation (at least 4). Forward and backward of a b
 `recompute=all` repeats the forward's, `keep_attention` those of tp alone, both in `recompute_blocks` blocks. With
 `chunk_tokens` each chunk of the feed-forward has collectives of its own: as many bytes of tokens, in more calls, and
 the sums for its bias and adapters each time; with `loss_chunk_tokens` those for the head's adapter. Where weights are
-frozen, what no backward reaches (backward.py) exchanges nothing in it and isn't computed again. A step adds the loss
-(4 bytes over the world) and the flags that ask to stop (16).
+frozen, what no backward reaches (backward.py) exchanges nothing in it and isn't computed again. A step adds the loss (4
+bytes over the world) and the flags that ask to stop (16).
 
 What a ZeRO engine sends is in zero_traffic.py.
 """

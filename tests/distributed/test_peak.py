@@ -53,7 +53,8 @@ CELLS: list[tuple[str, list[str]]] = [
 
 
 def words_of(cell: tuple[str, list[str]]) -> list[str]:
-    return [*STAGE[cell[0]], *cell[1]]
+    batch = 2 if RING in cell[1] or ULYSSES in cell[1] else 4  # two micro-batches for dp 1 and dp 2
+    return [*STAGE[cell[0]], *cell[1], f"data.global_batch={batch}"]
 
 
 def ranks_of(cell: tuple[str, list[str]]) -> int:
@@ -66,7 +67,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_latents(folder / "latents", clip=CLIP)
     words = [
         f"data.buckets=[{{frames: {CLIP.frames}, height: {CLIP.height}, width: {CLIP.width}}}]",
-        "data.global_batch=4",
         "data.micro_batch=1",
         "mesh.dp=auto",
         "zero.persistence=0",
@@ -89,7 +89,7 @@ def test_a_step_takes_what_the_formula_says(recipe: Path, counted: list[Counted]
     ranks = found.shape.dp * found.shape.cp
     states = state_bytes(found.num_parameters, ranks, zero=loaded.zero, precision=loaded.precision)
     assert said.states == states
-    assert found.states == pytest.approx(states.total, rel=5e-3)
+    assert found.states == pytest.approx(states.total - states.gradients, rel=5e-3)
     assert found.peak == pytest.approx(said.total, rel=0.1)
     assert found.step <= found.peak, "the update takes less than the backward"
     assert found.host == said.host, "what waits on the host"
