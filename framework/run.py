@@ -106,7 +106,9 @@ class Run:
 
     def write_verdict(self, verdict: Verdict) -> None:
         """On disk when this returns, its name included."""
-        write_atomically(self.attempt_path / "verdict.json", json.dumps(dataclasses.asdict(verdict)) + "\n")
+        names = ("outcome", "step", "signal", *(("stage", "follow") if verdict.stage else ()))
+        fields = {name: getattr(verdict, name) for name in names}
+        write_atomically(self.attempt_path / "verdict.json", json.dumps(fields) + "\n")
         folder = os.open(self.attempt_path, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -147,7 +147,7 @@ def test_a_skipped_step_says_why(norm: float, why: str) -> None:
 
 
 def test_rate_and_average_follow_the_step_and_not_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step 3 with the data of step 7: the rate is at 4/8 of its warm-up."""
+    """Step 3 of a stage that began at 20, with the data of step 27: the rate is at 4/8 of its warm-up."""
     told: dict[str, Any] = {}
 
     class Engine:
@@ -161,7 +161,7 @@ def test_rate_and_average_follow_the_step_and_not_the_data(monkeypatch: pytest.M
 
     monkeypatch.setattr(train, "accumulate", lambda parts, work: [(torch.tensor(2.0), ("a",))])
     recipe = Recipe(optimizer=OptimizerConfig(lr=1.0, warmup=8))
-    parts = SimpleNamespace(recipe=recipe, engine=Engine(), ema=Average())
-    loss, stats, uids = train.optimizer_step(parts, Work(7, (), (1,)), step=3, limit=5.0)  # type: ignore[arg-type]
+    parts = SimpleNamespace(recipe=recipe, engine=Engine(), ema=Average(), began=20)
+    loss, stats, uids = train.optimizer_step(parts, Work(27, (), (1,)), step=23, limit=5.0)  # type: ignore[arg-type]
     assert (float(loss), stats.skipped, uids) == (2.0, False, ())
-    assert told == {"lr": 0.5, "limit": 5.0, "average": 3}
+    assert told == {"lr": 0.5, "limit": 5.0, "average": 23}

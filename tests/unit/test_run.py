@@ -202,6 +202,7 @@ def test_every_leaf_is_free_or_refused_on_purpose(stored: Recipe) -> None:
         "loss",
         "optimizer",
         "ema",
+        "stages",
     }
     assert free | refused == set(stored.__dataclass_fields__) and free & refused == {"data"}
 
