@@ -195,6 +195,7 @@ def test_every_leaf_is_free_or_refused_on_purpose(stored: Recipe) -> None:
         "precision",
         "model",
         "lora",
+        "rope",
         "tokenizer",
         "text",
         "data",
