@@ -149,7 +149,7 @@ def step_time(
         tp += waited(own, "tp", hardware, group_place(degrees.tp, 1, shape, hardware)) * count
         place = group_place(degrees.ulysses, degrees.tp, shape, hardware)
         ulysses += waited(own, "ulysses", hardware, place) * count
-        ring += ring_exchange(recipe, degrees, hardware, own, work.attention, rates) * count
+        ring += ring_exchange(degrees, hardware, own, work.attention, rates) * count
         flops += float(bucket_flops(recipe, micro.bucket).total) * micro.samples * degrees.dp * count
     zero = zero_exchange(recipe, shape, hardware, weights, compute, len(micros))
     optimizer = optimizer_seconds(recipe, shape, hardware, weights, len(micros))
@@ -187,28 +187,26 @@ def waited(own: Own, group: str, hardware: Hardware, place: Place) -> Exchange:
     return Exchange(total, total)
 
 
-def ring_exchange(
-    recipe: Recipe, shape: MeshShape, hardware: Hardware, own: Own, flops: float, rates: Attention
-) -> Exchange:
+def ring_exchange(shape: MeshShape, hardware: Hardware, own: Own, flops: float, rates: Attention) -> Exchange:
     """Keys and values, and their gradients, of a micro-batch. flops: of self-attention in a block's forward.
 
     In a forward each of r - 1 messages travels during a kernel. In a backward of r kernels the first two see keys and
     values on the way, the last a gradient, those between both; the last gradient is waited for.
     """
-    r = shape.ring
-    if r == 1 or ("ring", "ring") not in own:
+    r, key, network = shape.ring, ("ring", "ring"), hardware.network
+    if r == 1 or key not in own:
         return Exchange()
-    layers = recipe.model.num_layers
-    place = place_of(r, shape.tp * shape.ulysses, shape.world_size, hardware.network.domain)
-    costs = [seconds(hardware.network, place, "ring", *own["ring", name]) for name in ("ring", "ring_gradients")]
-    pairs, gradients = (
-        cost / own["ring", name][0] for cost, name in zip(costs, ("ring", "ring_gradients"), strict=True)
-    )
+    place = place_of(r, shape.tp * shape.ulysses, shape.world_size, network.domain)
+    calls, sent = own[key]
+    home, returned = own.get(("ring", "ring_gradients"), (0, 0.0))  # none where no backward reaches attention
+    pair, gradient = (seconds(network, place, "ring", 1, each) for each in (sent / calls, returned / max(1, home)))
+    backwards = home // (r - 1)
+    forwards = calls // (r - 1) - backwards
     kernel, back = flops / r / rates.forward, ATTENTION_BACKWARD * flops / r / rates.backward
-    forwards = 1 + (recipe.execution.recompute == "all")
-    hidden = forwards * (r - 1) * min(pairs, kernel) + min(2, r - 1) * min(pairs, back)
-    hidden += max(0, r - 3) * min(pairs + gradients, back) + (r > 2) * min(gradients, back)
-    return Exchange(sum(costs), sum(costs) - hardware.network.overlap * layers * hidden)
+    hidden = forwards * (r - 1) * min(pair, kernel)
+    waits = min(2, r - 1) * min(pair, back) + max(0, r - 3) * min(pair + gradient, back) + (r > 2) * min(gradient, back)
+    total = calls * pair + home * gradient
+    return Exchange(total, total - network.overlap * (hidden + backwards * waits))
 
 
 def zero_exchange(

@@ -42,7 +42,7 @@ from framework.parallel.context_parallel.tokens import split_tokens
 from framework.parallel.mesh import Group, Mesh
 from framework.plan.computing import slowdown
 from framework.plan.hardware import read_hardware
-from framework.plan.links import Kind
+from framework.plan.links import Kind, steps
 from framework.plan.sent import weights_of
 from framework.plan.time import step_time
 from framework.plan.traffic import MicroShape
@@ -178,10 +178,9 @@ def link_times(kind: Kind, mesh: Mesh, turns: float, device: torch.device) -> Li
     ]
     bandwidth = statistics.harmonic_mean(bandwidths)
     latencies = {n: max(1e-7, found[n, few] - sent_of(kind, few, n) / bandwidth) for n in (2, size)}
-    hops = {"ring": 0.0, "all_reduce": 2.0}.get(kind, 1.0)
-    more = (latencies[size] - latencies[2]) / (size - 2) if size > 2 else 0.0
-    hop = max(1e-7, more / hops) if hops else 1e-7
-    return LinkTimes(max(1e-7, latencies[2] - hop * max(1.0, hops)), hop, bandwidth)
+    more = steps(kind, size) - steps(kind, 2)
+    hop = max(1e-7, (latencies[size] - latencies[2]) / more) if more else 1e-7
+    return LinkTimes(max(1e-7, latencies[2] - hop * steps(kind, 2)), hop, bandwidth)
 
 
 def median_seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -66,6 +66,7 @@ def test_what_is_refused_before_a_rank_starts(tmp_path: Path, words: list[str], 
     assert isinstance(done.exception, ValueError) and message in str(done.exception)
 
 
-def test_one_rank_has_no_link_to_measure(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least 2"):
-        calibrate(tmp_path / "out.yaml", 1)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_links_are_measured_in_pairs(tmp_path: Path, ranks: int) -> None:
+    with pytest.raises(ValueError, match=f"calibration with {ranks} ranks: links are measured in pairs, use 2, 4"):
+        calibrate(tmp_path / "out.yaml", ranks)

@@ -121,15 +121,21 @@ def played(r: int, kernel: float, back: float, message: float) -> float:
 
 
 @pytest.mark.parametrize(("r", "bandwidth"), product([2, 3, 4, 6], [20.0, 90.0, 150.0, 1000.0]))
-def test_a_ring_hides_what_the_order_of_its_steps_lets_it(tmp_path: Path, r: int, bandwidth: float) -> None:
-    recipe, shape = recipe_of(tmp_path), MeshShape(1, r, 1, 1)
-    hardware = machine(network__inside__bandwidth__ring=bandwidth)
+def test_a_ring_hides_what_the_order_of_its_steps_lets_it(r: int, bandwidth: float) -> None:
+    shape, hardware = MeshShape(1, r, 1, 1), machine(network__inside__bandwidth__ring=bandwidth)
     own = {
         ("ring", "ring"): (2 * 2 * (r - 1), 4.0 * (r - 1) * 30),
         ("ring", "ring_gradients"): (2 * (r - 1), 60.0 * (r - 1)),
     }
-    found = ring_exchange(recipe, shape, hardware, own, 30.0 * r, Attention(100.0, 100.0))
+    found = ring_exchange(shape, hardware, own, 30.0 * r, Attention(100.0, 100.0))
     assert found.exposed == pytest.approx(2 * played(r, 0.3, 0.75, 30 / bandwidth), abs=1e-9)
+
+
+def test_a_ring_that_no_backward_reaches_sends_its_forward_alone(tmp_path: Path) -> None:
+    """Only the head is trained: one message of 192 bytes a block; a kernel of a second hides it."""
+    rates = {"network__inside__bandwidth__ring": 192, "device__attention__aten__forward": 96}
+    found = predicted(tmp_path, MeshShape(1, 2, 1, 1), machine(**rates), "train.trainable=[proj_out.*]").ring
+    assert (found.total, found.exposed) == (pytest.approx(2.0), pytest.approx(0.0, abs=1e-9))
 
 
 @pytest.mark.parametrize(("domain", "total"), [(1, 10.0), (2, 4.0)])
