@@ -79,9 +79,9 @@ def step_peak(
     else:
         gradients = float(c * zero.bucket_size)
         if zero.stage == 1 and precision.parameters == "float32" and len(micros) > 1:
-            gradients += 4 * whole * (1 - 1 / ranks)
+            gradients += 4 * weights.trained * (1 - 1 / ranks)
         if zero.stage == 2 and len(micros) > 1:
-            gradients += c * whole / ranks
+            gradients += c * weights.trained / ranks
         if zero.stage == 3:
             gathered = float(c * min(whole, block + zero.prefetch + zero.reuse_distance))
             # In the forward what arrived together is there twice, until the last of it is used.
