@@ -10,7 +10,7 @@ from framework.forecast.search import fastest_placement
 from framework.layers import apply_overrides
 from framework.plan.hardware import load_hardware
 from framework.plan.scale import RopeTime, ScaleRequest, apply_to, bridge_stages, changes_for, figures_of, last_stage
-from framework.plan.scale_file import STAGED, change_lines, recipe_text, table_lines
+from framework.plan.scale_file import change_lines, recipe_text, table_lines
 from framework.plan.scale_mesh import choose_mesh
 from framework.recipe import build_recipe, read_recipe_layers
 
@@ -58,8 +58,7 @@ def scale(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(recipe_text(tree, changes, stages, [f"{recipe} for clips of {seconds:g} s.", "", *words[:-1]]))
-        staged = "" if STAGED or not stages else ", its bridge stage as a comment"
-        log.line(f"{out} is written{staged}")
+        log.line(f"{out} is written")
 
 
 def parse_size(resolution: str) -> tuple[int, int]:

@@ -8,9 +8,7 @@ import yaml
 
 from framework.layers import Tree
 from framework.plan.scale import Change, Figures
-from framework.recipe import Recipe
 
-STAGED: Final = "stages" in Recipe.__dataclass_fields__  # whether a recipe can hold stages
 WIDTH: Final = 120
 
 
@@ -59,14 +57,13 @@ def recipe_text(tree: Tree, changes: Sequence[Change], stages: Sequence[Tree], h
     """The file. tree: every key, changed ones included."""
     reasons = {change.key: change for change in changes}
     lines = [f"# {line}".rstrip() for line in header]
-    if stages and STAGED:
+    if stages:
         train = {key: value for key, value in tree.get("train", {}).items() if key != "steps"}
         tree = {key: value for key, value in tree.items() if key != "train"} | ({"train": train} if train else {})
     lines += node_lines(tree, reasons, "", "")
     if stages:
         lines += comment("half the frame rate first: twice the seconds at the tokens that the weights know", "")
-        mark = "" if STAGED else "# "
-        lines += [mark + line for line in node_lines({"stages": list(stages)}, {}, "", "")]
+        lines += node_lines({"stages": list(stages)}, {}, "", "")
     return "\n".join(lines) + "\n"
 
 
