@@ -47,19 +47,19 @@ def test_steps_of_unlike_buckets_are_counted(tiny_shards: Path, tmp_path: Path) 
     words = [f"data.streams=[{{path: {tiny_shards}}}, {{path: {long}}}]", "data.global_batch=12"]
     words.append("data.buckets=[{frames: 5, height: 16, width: 16}, {frames: 17, height: 64, width: 64}]")
     recipe = build_recipe(apply_overrides(recipe_tree(tiny_shards, Path("run")), words))
-    schedule = build.build_schedule(recipe, streams_of(recipe), [lone_mesh()] * 2, stage=2, first=13)
-    each = [schedule[13 + step].num_samples for step in range(40)]
+    schedule = build.build_schedule(recipe, streams_of(recipe), [lone_mesh()] * 2, stage=2, first=17)
+    each = [schedule[17 + step].num_samples for step in range(40)]
     assert len(set(each)) == 2
-    begun = Progress(step=10, samples=40, stage=2, stage_step=10, stage_samples=40, stage_data=13, skipped=((4, 3),))
-    left_out = replace(begun, skipped=((4, 3), (10, 2)))  # two data steps of the stage, so two others come for them
+    begun = Progress(step=14, samples=40, stage=2, stage_step=14, stage_samples=40, stage_data=17, skipped=((4, 3),))
+    left_out = replace(begun, skipped=((4, 3), (14, 2)))  # two data steps of the stage, so two others come for them
     for total in range(100, 160, 5):
         stage = Stage(2, "a", ExitConfig(samples=total), {})
         wanted = next(number for number in range(40) if sum(each[:number]) >= total)
         for done in range(wanted):
-            now = replace(begun, step=10 + done, samples=40 + sum(each[:done]))
-            assert last_step(recipe, stage, now, schedule) == 10 + wanted
+            now = replace(begun, step=14 + done, samples=40 + sum(each[:done]))
+            assert last_step(recipe, stage, now, schedule) == 14 + wanted
         wanted = next(number for number in range(40) if sum(each[2 : 2 + number]) >= total)
-        assert last_step(recipe, stage, left_out, schedule) == 10 + wanted
+        assert last_step(recipe, stage, left_out, schedule) == 14 + wanted
     assert [schedule.samples(done) for done in range(5)] == [sum(each[:done]) for done in range(5)]
 
 
