@@ -1,16 +1,19 @@
 """Where a stage ends: after its samples, or on a plateau."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import recipe_tree
+from tiny import recipe_tree, write_latents
 
 from framework.checkpoint.manifest import Progress
 from framework.data.buckets import streams_of
+from framework.layers import apply_overrides
 from framework.parallel.mesh import lone_mesh
 from framework.programs import build
 from framework.programs.stage import StageEnd, is_flat, last_step, with_loss
 from framework.recipe import Recipe, build_recipe
+from framework.shapes import ClipShape
 from framework.stages.config import ExitConfig, PlateauConfig
 from framework.stages.merge import Stage
 
@@ -36,6 +39,28 @@ def test_a_stage_ends_with_the_step_that_has_its_samples(tiny_shards: Path) -> N
             assert last_step(recipe, stage, later, schedule) == 10 + steps
     assert last_step(recipe, Stage(1, "a", ExitConfig(steps=4), {}), begun, schedule) == 14
     assert last_step(recipe, None, Progress(step=2), schedule) == 4
+
+
+def test_steps_of_unlike_buckets_are_counted(tiny_shards: Path, tmp_path: Path) -> None:
+    """Against adding them up, from wherever the stage is."""
+    long = write_latents(tmp_path / "long", clip=ClipShape(17, 64, 64), prefix="long")
+    words = [f"data.streams=[{{path: {tiny_shards}}}, {{path: {long}}}]", "data.global_batch=12"]
+    words.append("data.buckets=[{frames: 5, height: 16, width: 16}, {frames: 17, height: 64, width: 64}]")
+    recipe = build_recipe(apply_overrides(recipe_tree(tiny_shards, Path("run")), words))
+    schedule = build.build_schedule(recipe, streams_of(recipe), [lone_mesh()] * 2, stage=2, first=17)
+    each = [schedule[17 + step].num_samples for step in range(40)]
+    assert len(set(each)) == 2
+    begun = Progress(step=14, samples=40, stage=2, stage_step=14, stage_samples=40, stage_data=17, skipped=((4, 3),))
+    left_out = replace(begun, skipped=((4, 3), (14, 2)))  # two data steps of the stage, so two others come for them
+    for total in range(100, 160, 5):
+        stage = Stage(2, "a", ExitConfig(samples=total), {})
+        wanted = next(number for number in range(40) if sum(each[:number]) >= total)
+        for done in range(wanted):
+            now = replace(begun, step=14 + done, samples=40 + sum(each[:done]))
+            assert last_step(recipe, stage, now, schedule) == 14 + wanted
+        wanted = next(number for number in range(40) if sum(each[2 : 2 + number]) >= total)
+        assert last_step(recipe, stage, left_out, schedule) == 14 + wanted
+    assert [schedule.samples(done) for done in range(5)] == [sum(each[:done]) for done in range(5)]
 
 
 def test_each_stage_has_an_order_of_its_own(tiny_shards: Path) -> None:
