@@ -1,6 +1,8 @@
 """`cuboid plan`: what a recipe will need and take, before a job waits in a queue."""
 
 import json as json_
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -73,6 +75,15 @@ def described(name: str) -> str:
     return found
 
 
+@contextmanager
+def of_stage(name: str) -> Iterator[None]:
+    """Let a ValueError say which stage it is of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stage {name}: {error}" if name else str(error)) from None
+
+
 def planned(parts: list[tuple[str, Recipe]], hardware: Hardware, gpus: int | None) -> tuple[list[str], object]:
     """The forecast of each stage, as lines and as plain data. Raises ValueError where one doesn't fit, having said it
     all.
@@ -80,14 +91,15 @@ def planned(parts: list[tuple[str, Recipe]], hardware: Hardware, gpus: int | Non
     lines: list[str] = []
     found: list[Forecast] = []
     for name, recipe in parts:
-        found.append(forecast(recipe, resolve_mesh(recipe.mesh, num_ranks=gpus), hardware, stage=name))
+        with of_stage(name):
+            found.append(forecast(recipe, resolve_mesh(recipe.mesh, num_ranks=gpus), hardware, stage=name))
         lines += [*forecast_lines(found[-1]), ""]
     refused = [each for each in found if not each.memory.fits]
     if refused:
         for text in lines:
             log.line(text)
-        where = f"stage {refused[0].stage}: " if refused[0].stage else ""
-        raise ValueError(where + refused[0].memory.refusal())
+        with of_stage(refused[0].stage):
+            raise ValueError(refused[0].memory.refusal())
     return [*lines, *total_lines(found)], to_json(found)
 
 
@@ -95,8 +107,9 @@ def ranked(parts: list[tuple[str, Recipe]], hardware: Hardware, gpus: int | None
     """The layouts of each stage that fit."""
     lines, plain = [], []
     for name, recipe in parts:
-        number = gpus or resolve_mesh(recipe.mesh, num_ranks=None).world_size
-        layouts = search(recipe, hardware, gpus=number)
+        with of_stage(name):
+            number = gpus or resolve_mesh(recipe.mesh, num_ranks=None).world_size
+            layouts = search(recipe, hardware, gpus=number)
         lines += [f"stage {name}" if name else "", *layout_lines(layouts), ""]
         plain.append({"stage": name, "layouts": layouts_json(layouts)})
     return lines, plain

@@ -72,7 +72,10 @@ def activation_bytes(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> Act
     if recipe.lora.rank or recipe.train.trainable:
         raise ValueError("activations have no formula where weights are frozen: drop lora.rank and train.trainable")
     if micro.timesteps != 1:
-        raise ValueError(f"activations have no formula for {micro.timesteps} timesteps of a sample, only for 1")
+        raise ValueError(
+            "flow.timesteps.per_frame=true: the memory of a noise level for each frame has no formula yet; plan with "
+            "flow.timesteps.per_frame=false, and leave a few GB"
+        )
     degrees = split_shape(shape, *bucket_degrees(recipe, micro.bucket))
     units = units_of(recipe, degrees, micro)
     inputs, execution, layers = input_bytes(recipe, degrees, micro), recipe.execution, recipe.model.num_layers
