@@ -59,7 +59,7 @@ def memory_of(recipe: Recipe, shape: MeshShape, hardware: Hardware, draws: Seque
     """Of a rank of a mesh. weights: of its tp part."""
     device, ranks = hardware.device, shape.dp * shape.cp
     step = max((step_peak(recipe, shape, draw.micros, weights=weights) for draw in draws), key=lambda peak: peak.total)
-    ema = 4 * weights.trained / recipe.zero.partition_size(ranks) if recipe.ema.decay else 0.0
+    ema = 4 * weights.share(recipe.zero, recipe.zero.partition_size(ranks)) if recipe.ema.decay else 0.0
     return Memory(
         step=step,
         ema=ema,

@@ -69,7 +69,9 @@ def step_peak(
     weights = weights or weights_of(recipe, shape.tp)
     whole, block = weights.elements, weights.block
     zero, precision, ranks = recipe.zero, recipe.precision, shape.dp * shape.cp
-    states = state_bytes(weights.trained, ranks, zero=zero, precision=precision, num_frozen=whole - weights.trained)
+    size, frozen = zero.partition_size(ranks), whole - weights.trained
+    held = round(weights.share(zero, size) * size)
+    states = state_bytes(held, ranks, zero=zero, precision=precision, num_frozen=frozen)
     c, g = SIZES[precision.default.compute], SIZES[precision.of("").reduce]
     gathered, gradients = 0.0, 0.0
     if zero.engine == "fsdp2":
@@ -79,9 +81,9 @@ def step_peak(
     else:
         gradients = float(c * zero.bucket_size)
         if zero.stage == 1 and precision.parameters == "float32" and len(micros) > 1:
-            gradients += 4 * weights.trained * (1 - 1 / ranks)
+            gradients += 4 * weights.trained * (1 - 1 / size)
         if zero.stage == 2 and len(micros) > 1:
-            gradients += c * weights.trained / ranks
+            gradients += c * weights.trained / size
         if zero.stage == 3:
             gathered = float(c * min(whole, block + zero.prefetch + zero.reuse_distance))
             # In the forward what arrived together is there twice, until the last of it is used.

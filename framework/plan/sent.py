@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from framework.config import decays
 from framework.parallel.config import MeshShape, split_shape
-from framework.parallel.zero.config import SIZES
+from framework.parallel.zero.config import SIZES, ZeroConfig
 from framework.plan.parameters import ParameterShape, TensorParallel, block_shapes, elements_of, parameter_shapes
 from framework.plan.traffic import MicroShape, compute, is_summed, own_ledger, part_tokens, precise
 from framework.plan.zero_traffic import ALIGNMENT, engine_traffic
@@ -49,6 +49,14 @@ class Weights:
     decayed: int
     summed: tuple[int, int]
     block: int
+
+    def share(self, zero: ZeroConfig, size: int) -> float:
+        """Elements that are trained on the first of `size` ranks that partition them. FSDP2 deals out rows of dimension
+        0, so it has the whole of a modulation table, whose one row can't be shared.
+        """
+        if zero.engine == "deepspeed" or not self.parts:
+            return self.trained / size
+        return sum(times * -(-part.rows // size) * (part.elements // part.rows) for part, times in self.parts)
 
 
 def is_closed(recipe: Recipe) -> bool:

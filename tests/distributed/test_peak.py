@@ -87,9 +87,11 @@ def test_a_step_takes_what_the_formula_says(recipe: Path, counted: list[Counted]
     loaded, found = load_recipe(recipe, words_of(CELLS[number])), counted[number]
     said = step_peak(loaded, found.shape, found.micros)
     ranks = found.shape.dp * found.shape.cp
-    states = state_bytes(found.num_parameters, ranks, zero=loaded.zero, precision=loaded.precision)
-    assert said.states == states
-    assert found.states == pytest.approx(states.total - states.gradients, rel=5e-3)
+    even = state_bytes(found.num_parameters, ranks, zero=loaded.zero, precision=loaded.precision)
+    # Of FSDP2's ranks the first has the five modulation tables whole, whose one row isn't shared: 6 x 96 in each block.
+    rows = (4 * 6 + 2) * 96 * (1 - 1 / ranks) if loaded.zero.engine == "fsdp2" else 0
+    assert said.states.masters == pytest.approx(even.masters + 4 * rows)
+    assert found.states == pytest.approx(said.states.total - said.states.gradients, rel=5e-3)
     assert found.peak == pytest.approx(said.total, rel=0.1)
     assert found.step <= found.peak, "the update takes less than the backward"
     assert found.host == said.host, "what waits on the host"

@@ -48,8 +48,10 @@ def test_memory_is_states_and_what_is_listed(wan: Recipe) -> None:
     """fsdp2, stage 3, 64 ranks of half the model each: 4, 8 and 4 bytes of a 64th, and the average's 4."""
     memory = forecast(wan, resolve_mesh(wan.mesh, num_ranks=None), H100).memory
     parts, part = memory.parts(), 14_288_491_584 / 2 / 64
-    # tp leaves some parameters whole: norms, tables and biases, embeddings and head, 1.2 % of all.
-    assert parts["masters"] == pytest.approx(4 * part, rel=0.02)
+    # Beside it the first rank has modulation tables whole, as their one row isn't shared: 40 blocks of 6 x 5120 and one
+    # of 2. What tp leaves whole (embeddings, head, norms, biases of rows) is 1.2 % more.
+    tables = 4 * (40 * 6 + 2) * 5120 * (1 - 1 / 64)
+    assert parts["masters"] == pytest.approx(4 * part + tables, rel=0.02)
     assert parts["moments"] == 2 * parts["masters"] == 2 * parts["ema"]
     assert memory.total == pytest.approx(sum(parts.values())) and memory.fits
     assert parts["communicators"] == 6 * H100.device.communicator
