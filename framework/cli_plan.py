@@ -3,6 +3,7 @@
 import json as json_
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,12 +11,12 @@ import typer
 
 from framework import log
 from framework.environment import gpu_name
-from framework.forecast.forecast import Forecast, forecast
+from framework.forecast.forecast import VERSION, Forecast, forecast
 from framework.forecast.search import search
 from framework.forecast.text import forecast_lines, layout_lines, layouts_json, to_json, total_lines
 from framework.launch.calibrate import calibrate as measure
-from framework.parallel.config import resolve_mesh
-from framework.plan.hardware import Hardware, hardware_names, load_hardware
+from framework.parallel.config import MeshShape, resolve_mesh
+from framework.plan.hardware import Hardware, gpu_of, hardware_names, load_hardware
 from framework.recipe import Recipe, load_recipe
 from framework.stages.recipes import stage_recipe, stages_of
 
@@ -48,31 +49,40 @@ def plan(
         return
     if recipe is None:
         raise ValueError("name a recipe: cuboid plan RECIPE, or cuboid plan --calibrate --out FILE.yaml")
+    if out is not None:
+        raise ValueError(f"--out {out} is what --calibrate writes: leave it out, or the recipe")
+    if gpus is not None and gpus < 1:
+        raise ValueError(f"--gpus {gpus} must be at least 1")
     loaded = load_recipe(recipe, overrides or [])
-    hardware = load_hardware(described(gpu or loaded.hardware.name))
-    wanted = gpus if gpus is not None else loaded.hardware.gpus or None
-    if wanted is not None and wanted < 1:
-        raise ValueError(f"--gpus {wanted} must be at least 1")
-    parts = [(stage.name, stage_recipe(loaded, stage.index)) for stage in stages_of(loaded)] or [("", loaded)]
-    if find:
-        lines, plain = ranked(parts, hardware, wanted)
-    else:
-        lines, plain = planned(parts, hardware, wanted)
+    parts = [Part(stage.index, stage.name, stage_recipe(loaded, stage.index)) for stage in stages_of(loaded)]
+    lines, plain, refusal = (ranked if find else planned)(parts or [Part(None, "", loaded)], gpu or "", gpus)
     for text in [json_.dumps(plain)] if json else lines:
         log.line(text)
+    if refusal:
+        raise ValueError(refusal)
 
 
-def described(name: str) -> str:
-    """The description to plan by: what was named, else that of this machine's GPU. Raises ValueError without either."""
-    if name:
-        return name
-    found = next((each for each in hardware_names() if each in gpu_name().lower()), None)
-    if found is None:
-        raise ValueError(
-            f"for which hardware? Say --gpu {'|'.join(hardware_names())}, or hardware.name in the recipe; "
-            "cuboid plan --calibrate --out FILE.yaml measures this machine for --gpu FILE.yaml"
-        )
-    return found
+@dataclass(frozen=True)
+class Part:
+    """A stage of a recipe, or a recipe without any."""
+
+    index: int | None
+    name: str
+    recipe: Recipe
+
+    def hardware(self, named: str) -> Hardware:
+        """The description to plan by: what was named, else the recipe's, else that of this machine's GPU."""
+        name = named or self.recipe.hardware.name or gpu_of(gpu_name())
+        if not name:
+            raise ValueError(
+                f"for which hardware? Say --gpu {'|'.join(hardware_names())}, or hardware.name in the recipe; "
+                "cuboid plan --calibrate --out FILE.yaml measures this machine for --gpu FILE.yaml"
+            )
+        return load_hardware(name)
+
+    def shape(self, gpus: int | None) -> MeshShape:
+        """The mesh on so many GPUs, or on those that the recipe is for."""
+        return resolve_mesh(self.recipe.mesh, num_ranks=gpus or self.recipe.hardware.gpus or None)
 
 
 @contextmanager
@@ -84,32 +94,30 @@ def of_stage(name: str) -> Iterator[None]:
         raise ValueError(f"stage {name}: {error}" if name else str(error)) from None
 
 
-def planned(parts: list[tuple[str, Recipe]], hardware: Hardware, gpus: int | None) -> tuple[list[str], object]:
-    """The forecast of each stage, as lines and as plain data. Raises ValueError where one doesn't fit, having said it
-    all.
-    """
+def planned(parts: list[Part], gpu: str, gpus: int | None) -> tuple[list[str], object, str]:
+    """The forecast of each stage: as lines, as plain data, and why one doesn't fit."""
     lines: list[str] = []
     found: list[Forecast] = []
-    for name, recipe in parts:
-        with of_stage(name):
-            found.append(forecast(recipe, resolve_mesh(recipe.mesh, num_ranks=gpus), hardware, stage=name))
+    for part in parts:
+        with of_stage(part.name):
+            found.append(forecast(part.recipe, part.shape(gpus), part.hardware(gpu), stage=part.name))
         lines += [*forecast_lines(found[-1]), ""]
-    refused = [each for each in found if not each.memory.fits]
-    if refused:
-        for text in lines:
-            log.line(text)
-        with of_stage(refused[0].stage):
-            raise ValueError(refused[0].memory.refusal())
-    return [*lines, *total_lines(found)], to_json(found)
+    refusals = [
+        f"stage {each.stage}: {each.memory.refusal()}" if each.stage else each.memory.refusal()
+        for each in found
+        if not each.memory.fits
+    ]
+    return [*lines, *total_lines(found)], to_json(found), refusals[0] if refusals else ""
 
 
-def ranked(parts: list[tuple[str, Recipe]], hardware: Hardware, gpus: int | None) -> tuple[list[str], object]:
-    """The layouts of each stage that fit."""
-    lines, plain = [], []
-    for name, recipe in parts:
-        with of_stage(name):
-            number = gpus or resolve_mesh(recipe.mesh, num_ranks=None).world_size
-            layouts = search(recipe, hardware, gpus=number)
-        lines += [f"stage {name}" if name else "", *layout_lines(layouts), ""]
-        plain.append({"stage": name, "layouts": layouts_json(layouts)})
-    return lines, plain
+def ranked(parts: list[Part], gpu: str, gpus: int | None) -> tuple[list[str], object, str]:
+    """The layouts of each stage that fit, likewise."""
+    lines: list[str] = []
+    plain: list[dict[str, object]] = []
+    for part in parts:
+        with of_stage(part.name):
+            number = gpus or part.recipe.hardware.gpus or part.shape(None).world_size
+            layouts = search(part.recipe, part.hardware(gpu), gpus=number)
+        lines += [*([f"stage {part.name}"] if part.name else []), *layout_lines(layouts, stage=part.index), ""]
+        plain.append({"stage": part.name, "layouts": layouts_json(layouts, stage=part.index)})
+    return lines, {"version": VERSION, "stages": plain}, ""

@@ -13,6 +13,7 @@ A rank reads nothing else: what a scheduler sets (SLURM_*) is translated by the 
 supervisor alone.
 """
 
+import math
 import os
 import signal
 import socket
@@ -216,6 +217,12 @@ def gpu_capability() -> tuple[int, int] | None:
 def gpu_name() -> str:
     """What the driver calls this machine's first GPU, "" where its tool can't tell."""
     return ask_driver("name")
+
+
+def gpu_memory() -> float:
+    """Bytes of this machine's first GPU, infinite where the driver's tool can't tell."""
+    mebibytes = ask_driver("memory.total").partition(" ")[0]
+    return float(mebibytes) * 2**20 if mebibytes.isdecimal() else math.inf
 
 
 def ask_driver(what: str) -> str:

@@ -35,6 +35,11 @@ class Draw:
     shape: MeshShape
     micros: tuple[MicroShape, ...]
 
+    @property
+    def empty(self) -> float:
+        """Share of the slots of all replicas that no sample fills."""
+        return 1 - self.samples / (self.shape.dp * sum(micro.samples for micro in self.micros))
+
 
 def deal_of(recipe: Recipe) -> Deal:
     """Batches and tokens of a recipe's buckets."""

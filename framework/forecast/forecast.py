@@ -32,7 +32,8 @@ LATENT_BYTES = 2  # float16, what `cuboid encode` writes
 class BucketForecast:
     """A bucket. tokens: of a sample. samples: of a draw. share: of the samples trained on. petaflops: of
     training on a sample, recompute not counted; attention: its share of that. tokens_a_rank: of a micro-batch's
-    samples, padding included. micro_batches: samples of each, on the rank that has the most. seconds: of a step of it.
+    samples, padding included. micro_batches: samples of each, on the rank that has the most; empty: share of
+    all replicas' slots without a sample. seconds: of a step of it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class BucketForecast:
     ulysses: int
     tokens_a_rank: int
     micro_batches: tuple[int, ...]
+    empty: float
     seconds: float
     mfu: float | None
 
@@ -53,7 +55,8 @@ class BucketForecast:
 class Forecast:
     """One stage of a recipe on a mesh of some hardware. parameters, trained: numbers of elements. traffic: bytes that a
     rank sends in a step, by group; `zero` is the engine's. time: seconds of a step by part. hours: to train.steps;
-    cost: of them, in USD. checkpoint: bytes of one; stall: seconds that a step waits for its copy to the host.
+    cost: of them, in USD. checkpoint: bytes of one, frozen
+    weights apart, which are written once; stall: seconds that a step waits for its copy to the host.
     latents: bytes of the samples as latents, each counted as often as it is drawn.
     """
 
@@ -90,7 +93,7 @@ def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware, *, stage: str
     time, shares = mean_step(recipe, shape, hardware, draws, weights), deal.batches.weights
     hours = time.total * recipe.train.steps / 3600
     samples = deal.batches.mean * recipe.data.rounds * recipe.train.steps
-    checkpoint = 4 * (total + trained * (2 + (recipe.ema.decay > 0)))
+    checkpoint = 4 * trained * (3 + (recipe.ema.decay > 0))
     sizes = [latent_bytes(recipe, index) for index in range(len(draws))]
     return Forecast(
         run=recipe.run,
@@ -136,6 +139,7 @@ def bucket_forecast(recipe: Recipe, draw: Draw, share: float, time: StepTime) ->
         ulysses=degrees.ulysses,
         tokens_a_rank=max(micro.samples for micro in draw.micros) * -(-draw.tokens // degrees.replica),
         micro_batches=tuple(micro.samples for micro in draw.micros),
+        empty=draw.empty,
         seconds=time.total,
         mfu=time.mfu,
     )

@@ -17,6 +17,7 @@ from framework.data.splits import resolve_degrees
 from framework.forecast.draws import Deal, Draw, deal_of, draws_of
 from framework.forecast.memory import Memory, memory_of
 from framework.forecast.step import mean_step
+from framework.models.config import check_execution
 from framework.parallel.config import MeshConfig, MeshShape
 from framework.parallel.zero.config import ZeroConfig, check_engine
 from framework.plan.hardware import Hardware
@@ -51,32 +52,35 @@ LADDER: Final[tuple[tuple[Literal["none", "keep_attention", "all"], float, bool,
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to run a recipe that fits. recipe: with its keys set. seconds: of a step, on average over the buckets."""
+    """A way to run a recipe that fits. recipe: with its keys set. time: of a step, on average over the buckets. freed:
+    the buckets whose own degrees it doesn't keep.
+    """
 
     recipe: Recipe
     shape: MeshShape
     memory: Memory
     time: StepTime
+    freed: tuple[int, ...]
 
     @property
     def words(self) -> list[str]:
         """What to set, as the command line takes it."""
         recipe, zero, execution = self.recipe, self.recipe.zero, self.recipe.execution
-        degrees = "degrees=auto" if recipe.data.degrees == "auto" else ""
-        found = [f"mesh.{axis}={getattr(self.shape, axis)}" for axis in ("dp", "ring", "ulysses", "tp")]
-        found += [f"zero.engine={zero.engine}", f"zero.stage={zero.stage}"]
-        found += [f"zero.partition={zero.partition}"] if zero.partition != "all" else []
-        found += [f"zero.offload={zero.offload}"] if zero.offload != "none" else []
-        found += [f"execution.recompute={execution.recompute}"]
-        blocks = execution.recompute_blocks
-        found += [] if blocks is None else [f"execution.recompute_blocks={blocks}"]
-        found += ["execution.offload=true"] if execution.offload else []
-        return [*found, f"data.micro_batch={recipe.data.micro_batch}", *([f"data.{degrees}"] if degrees else [])]
+        blocks = "null" if execution.recompute_blocks is None else execution.recompute_blocks
+        # Each key, those at their default too: the recipe that they are laid over may say otherwise.
+        found = {f"mesh.{axis}": getattr(self.shape, axis) for axis in ("dp", "ring", "ulysses", "tp")}
+        found |= {f"zero.{name}": getattr(zero, name) for name in ("engine", "stage", "partition", "offload")}
+        found |= {"execution.recompute": execution.recompute, "execution.recompute_blocks": blocks}
+        found |= {"execution.offload": str(execution.offload).lower(), "data.micro_batch": recipe.data.micro_batch}
+        found |= {f"data.buckets.{index}.{axis}": "null" for index in self.freed for axis in ("ring", "ulysses")}
+        found |= {"data.degrees": "auto"} if len(recipe.data.buckets) > 1 else {}
+        return [f"{key}={value}" for key, value in found.items()]
 
 
 def search(recipe: Recipe, hardware: Hardware, *, gpus: int) -> list[Layout]:
     """The layouts that fit, by the time of a step. Raises ValueError where there is none, with what is nearest."""
     deal, found = deal_of(recipe), []
+    freed = tuple(index for index, b in enumerate(recipe.data.buckets) if b.ring is not None or b.ulysses is not None)
     weights = {tp: weights_of(recipe, tp) for tp in divisors(min(gpus, hardware.network.domain))}
     nearest: Memory | None = None
     for shape in meshes(recipe, hardware, deal, gpus=gpus):
@@ -87,11 +91,18 @@ def search(recipe: Recipe, hardware: Hardware, *, gpus: int) -> list[Layout]:
             tried = replace(meshed, data=data, zero=zero)
             fitting = first_that_fits(tried, shape, hardware, draws, weights[shape.tp])
             if isinstance(fitting, Layout):
-                found.append(fitting)
+                found.append(replace(fitting, freed=freed))
             elif fitting is not None and (nearest is None or fitting.total < nearest.total):
                 nearest = fitting
+    if not found and nearest is None:
+        raise ValueError(
+            f"{gpus} GPUs make no mesh for this recipe: tp and ulysses must divide {recipe.model.num_attention_heads} "
+            f"heads and fit a link domain of {hardware.network.domain}, and dp at most the {max(deal.batches.sizes)} "
+            "samples of a step: take another number of GPUs, or raise data.global_batch"
+        )
     if not found:
-        least = "" if nearest is None else f"; the least that any needs is {nearest.total / 1e9:.1f} GB a rank"
+        assert nearest is not None
+        least = f"; the least that any needs is {nearest.total / 1e9:.1f} GB a rank"
         raise ValueError(
             f"no layout of this recipe on {gpus} GPUs fits {hardware.device.memory / 1e9:.1f} GB ({hardware.name})"
             f"{least}: take more GPUs, smaller buckets, or a smaller data.micro_batch"
@@ -114,11 +125,11 @@ def meshes(recipe: Recipe, hardware: Hardware, deal: Deal, *, gpus: int) -> Iter
 def with_mesh(recipe: Recipe, shape: MeshShape) -> Recipe:
     """The recipe on a mesh, with degrees for each bucket where there are several."""
     mesh = MeshConfig(shape.dp, shape.ring, shape.ulysses, shape.tp)
-    if len(recipe.data.buckets) == 1:
-        return replace(recipe, mesh=mesh)
     buckets = [replace(bucket, ring=None, ulysses=None) for bucket in recipe.data.buckets]
-    data = replace(recipe.data, degrees="auto", buckets=buckets)
-    return resolve_degrees(replace(recipe, mesh=mesh, data=data), shape)
+    several = len(buckets) > 1
+    data = replace(recipe.data, degrees="auto" if several else recipe.data.degrees, buckets=buckets)
+    found = replace(recipe, mesh=mesh, data=data)
+    return resolve_degrees(found, shape) if several else found
 
 
 def micro_batches(deal: Deal, shape: MeshShape) -> list[int]:
@@ -147,18 +158,20 @@ def first_that_fits(
 ) -> Layout | Memory | None:
     """Up the ladder; else the least that is needed, None where no rung is allowed."""
     least: Memory | None = None
+    model, precision = recipe.model, recipe.precision
     for recompute, share, activations, optimizer in LADDER:
+        blocks = None if share == 1 else round(share * model.num_layers)
         try:
             zero = replace(recipe.zero, offload="optimizer" if optimizer else "none")
-            check_engine(zero, recipe.precision)
-        except ValueError:
+            execution = replace(recipe.execution, recompute=recompute, recompute_blocks=blocks, offload=activations)
+            check_engine(zero, precision)
+            check_execution(execution, model, zero=zero, precision=precision)
+        except ValueError:  # what a recipe refuses isn't a layout
             continue
-        blocks = None if share == 1 else round(share * recipe.model.num_layers)
-        execution = replace(recipe.execution, recompute=recompute, recompute_blocks=blocks, offload=activations)
         tried = replace(recipe, zero=zero, execution=execution)
         memory = memory_of(tried, shape, hardware, draws, weights)
         if memory.fits:
-            return Layout(tried, shape, memory, mean_step(tried, shape, hardware, draws, weights))
+            return Layout(tried, shape, memory, mean_step(tried, shape, hardware, draws, weights), ())
         least = memory if least is None or memory.total < least.total else least
     return least
 

@@ -33,6 +33,12 @@ def forecast_lines(found: Forecast) -> list[str]:
         f"{mesh} = {mesh.world_size:,} x {found.hardware}; {found.layout}",
         "",
         *table([COLUMNS, *(bucket_row(bucket) for bucket in found.buckets)]),
+        *(
+            f"  of {bucket.name} {bucket.empty:.0%} of the slots are empty: {bucket.samples} samples a draw for "
+            f"{mesh.world_size // (bucket.ring * bucket.ulysses * mesh.tp)} replicas"
+            for bucket in found.buckets
+            if bucket.empty > 0.05
+        ),
         "",
         *memory_lines(found),
         "",
@@ -108,10 +114,11 @@ def end_lines(found: Forecast) -> list[str]:
         f"{found.gpu_hours:,.0f} GPU-hours, about ${found.cost:,.0f}",
         f"a checkpoint is {size(found.checkpoint)}, and a step waits {seconds(found.stall)} for its copy; the samples "
         f"as latents, each as often as it is drawn: {size(found.latents)}",
+        "data are taken to be encoded ahead (cuboid encode): no encoder is on the device",
     ]
 
 
-def layout_lines(layouts: Sequence[Layout], *, most: int = 10) -> list[str]:
+def layout_lines(layouts: Sequence[Layout], *, stage: int | None = None, most: int = 10) -> list[str]:
     """The best layouts, a line each, and how to take the first."""
     best = layouts[0]
     rows = [("step", "MFU", "GB", "mesh", "ZeRO", "recompute", "micro")]
@@ -134,7 +141,7 @@ def layout_lines(layouts: Sequence[Layout], *, most: int = 10) -> list[str]:
     return [
         f"{len(layouts):,} layouts fit; the fastest:",
         *table(rows),
-        f"the first as words: {' '.join(best.words)}",
+        f"the first as words: {' '.join(staged(best.words, stage))}",
     ]
 
 
@@ -146,10 +153,15 @@ def to_json(found: Sequence[Forecast]) -> dict[str, object]:
     return {"version": VERSION, "stages": parts}
 
 
-def layouts_json(layouts: Sequence[Layout]) -> list[dict[str, object]]:
+def staged(words: Sequence[str], stage: int | None) -> list[str]:
+    """Words of a recipe as those of one of its stages."""
+    return [word if stage is None else f"stages.{stage}.{word}" for word in words]
+
+
+def layouts_json(layouts: Sequence[Layout], *, stage: int | None = None) -> list[dict[str, object]]:
     """Layouts as plain data, the fastest first."""
     return [
-        {"words": layout.words, "memory": memory_json(layout.memory), "time": time_json(layout.time)}
+        {"words": staged(layout.words, stage), "memory": memory_json(layout.memory), "time": time_json(layout.time)}
         for layout in layouts
     ]
 

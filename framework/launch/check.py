@@ -1,6 +1,8 @@
 """What is refused before any rank starts: mesh, kernel, checkpoint to resume from, data. Imports no torch."""
 
+import math
 import os
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,11 +12,11 @@ from framework.checkpoint.find import check_source, newest, store_of
 from framework.data.buckets import bucket_views, check_held_out, streams_of
 from framework.data.config import StreamConfig
 from framework.data.splits import resolve_degrees
-from framework.environment import gpu_name
+from framework.environment import gpu_memory, gpu_name
 from framework.forecast.memory import plan_memory
 from framework.models.config import is_adapter
 from framework.parallel.config import MeshShape, resolve_mesh, split_shape
-from framework.plan.hardware import hardware_names, load_hardware
+from framework.plan.hardware import gpu_of, load_hardware
 from framework.plan.parameters import parameter_shapes
 from framework.recipe import Recipe, bucket_degrees, check_kernel, check_trained
 from framework.run import run_identity
@@ -53,7 +55,7 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     check_boards(recipe)
     check_samples(recipe)
     if num_ranks is None and num_gpus:
-        check_memory(recipe, shape, gpu_name())
+        check_memory(recipe, shape, gpu_name(), num_bytes=gpu_memory())
     if num_ranks is None:  # ranks see for themselves, with more patience
         check_data(recipe)
     return shape
@@ -116,16 +118,20 @@ def check_table(recipe: Recipe) -> None:
             )
 
 
-def check_memory(recipe: Recipe, shape: MeshShape, gpu: str) -> None:
-    """Raises ValueError where a rank needs more than its GPU has. gpu: its name, as NVIDIA H100 80GB HBM3; where that
-    isn't described, nor the recipe's, nobody knows.
+def check_memory(recipe: Recipe, shape: MeshShape, gpu: str, *, num_bytes: float = math.inf) -> None:
+    """Raises ValueError where a rank needs more than its GPU has. gpu: its name, as NVIDIA H100 80GB HBM3. num_bytes:
+    that it has. Where neither the GPU is described nor the recipe's hardware, nobody knows.
     """
-    described = next((name for name in hardware_names() if name in gpu.lower()), recipe.hardware.name)
-    has_formula = not recipe.flow.timesteps.per_frame  # plan/activations.py
-    if described and has_formula and (hardware := load_hardware(described)).device.kind == "gpu":
-        memory = plan_memory(recipe, shape, hardware)
-        if not memory.fits:
-            raise ValueError(f"{memory.refusal()} ({shape}, {hardware.name})")
+    described = gpu_of(gpu) or recipe.hardware.name
+    if not described or recipe.flow.timesteps.per_frame:  # which has no formula (plan/activations.py)
+        return
+    hardware = load_hardware(described)
+    if hardware.device.kind != "gpu":
+        return
+    memory = plan_memory(recipe, shape, hardware)
+    memory = replace(memory, capacity=min(num_bytes, memory.capacity))
+    if not memory.fits:
+        raise ValueError(f"{memory.refusal()} ({shape}, {hardware.name})")
 
 
 def check_machine(shape: MeshShape, *, num_gpus: int) -> None:

@@ -12,6 +12,7 @@ Units: bytes, seconds, FLOP/s, bytes/s, USD.
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -140,6 +141,12 @@ def hardware_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def gpu_of(name: str) -> str:
+    """The description of a GPU that its driver calls so (NVIDIA H100 80GB HBM3), "" where there is none."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return next((each for each in hardware_names() if each in words), "")
+
+
 def load_hardware(name_or_path: str) -> Hardware:
     """A description by its name here (h100), or from a file. Raises ValueError with the file, the key and the fix."""
     path = FOLDER / f"{name_or_path}.yaml"
@@ -181,6 +188,8 @@ def read_hardware(tree: dict[str, Any], path: Path) -> Hardware:
         for way in ("forward", "backward"):
             if f"device.attention.{kernel}.{way}" not in values:
                 raise ValueError(f"{path}: device.attention.{kernel}.{way} is missing: FLOP/s of this kernel's {way}")
+    if not values["network.domain"].is_integer():
+        raise ValueError(f"{path}: network.domain is {values['network.domain']}: a number of devices")
     if values["network.overlap"] > 1:
         raise ValueError(f"{path}: network.overlap is {values['network.overlap']}: a share, at most 1")
     sources = MappingProxyType({name: leaf["source"] for name, leaf in leaves.items()})

@@ -11,9 +11,11 @@ from framework.cli import app
 from framework.forecast.forecast import forecast
 from framework.forecast.search import search
 from framework.forecast.text import to_json
+from framework.launch.check import check_memory
 from framework.parallel.config import MeshShape, resolve_mesh
-from framework.plan.hardware import load_hardware
+from framework.plan.hardware import gpu_of, load_hardware
 from framework.recipe import Recipe, load_recipe
+from framework.stages.recipes import stage_recipe
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 H100 = load_hardware("h100")
@@ -90,6 +92,83 @@ def test_a_search_finds_what_fits_the_fastest_first(wan: Recipe) -> None:
         assert found.memory.total == pytest.approx(layout.memory.total)
     mine = forecast(wan, MeshShape(16, 1, 4, 2), H100)
     assert times[0] <= mine.time.total, "the recipe's own layout is one of them"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["zero.partition=8", "mesh.dp=64"],
+        ["execution.recompute_blocks=10", "mesh.dp=64"],
+        ["execution.offload=true", "mesh.dp=64"],
+        ["zero.engine=deepspeed", "zero.offload=optimizer", "mesh.dp=64"],
+        ["data.buckets.0.ring=2", "mesh.dp=64"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_words_of_a_layout_are_the_layout_whatever_they_are_laid_over(words: list[str]) -> None:
+    layouts = search(load_recipe(RECIPES / "wan2.1-1.3b.yaml", words), H100, gpus=16)
+    for layout in (layouts[0], layouts[len(layouts) // 2], layouts[-1]):
+        again = load_recipe(RECIPES / "wan2.1-1.3b.yaml", [*words, *layout.words])
+        found = forecast(again, resolve_mesh(again.mesh, num_ranks=16), H100)
+        assert found.memory.total == pytest.approx(layout.memory.total)
+        assert found.time.total == pytest.approx(layout.time.total)
+
+
+def test_empty_slots_are_no_work(wan: Recipe) -> None:
+    """64 samples for 128 replicas: half of them compute nothing that counts."""
+    recipe = load_recipe(RECIPES / "wan2.1-1.3b.yaml", ["mesh.dp=128"])
+    full = load_recipe(RECIPES / "wan2.1-1.3b.yaml", ["mesh.dp=64"])
+    found, most = (forecast(each, resolve_mesh(each.mesh, num_ranks=None), H100) for each in (recipe, full))
+    assert (found.buckets[0].empty, most.buckets[0].empty) == (0.5, 0.0)
+    assert found.time.model_flops == most.time.model_flops
+    assert found.time.mfu == pytest.approx(most.time.mfu / 2, rel=0.02)
+
+
+def test_a_checkpoint_of_adapters_has_no_frozen_weight(wan: Recipe) -> None:
+    recipe = load_recipe(RECIPES / "wan2.1-14b.yaml", ["lora.rank=8"])
+    found = forecast(recipe, resolve_mesh(recipe.mesh, num_ranks=None), H100)
+    assert found.checkpoint == 16 * found.trained and found.trained == 40 * 8 * 8 * (5120 + 5120)
+
+
+def test_layouts_of_a_stage_are_words_of_the_stage() -> None:
+    found = CliRunner().invoke(app, ["plan", str(RECIPES / "moviegen-1b.yaml"), "--search", "--json"])
+    plain = json.loads(found.output)
+    assert [stage["stage"] for stage in plain["stages"]][:2] == ["images-256px", "joint-256px"]
+    words = [word for index in (0, 1) for word in plain["stages"][index]["layouts"][0]["words"]]
+    recipe = load_recipe(RECIPES / "moviegen-1b.yaml", words)
+    for index in (0, 1):
+        part = stage_recipe(recipe, index)
+        plan = forecast(part, resolve_mesh(part.mesh, num_ranks=None), H100)
+        assert plan.time.total == pytest.approx(plain["stages"][index]["layouts"][0]["time"]["total"])
+
+
+def test_a_plan_that_does_not_fit_is_json_too() -> None:
+    words = [str(RECIPES / "wan2.1-14b.yaml"), "mesh.dp=1", "mesh.tp=1", "zero.stage=2", "--json"]
+    found = CliRunner().invoke(app, ["plan", *words])
+    assert isinstance(found.exception, ValueError)
+    assert not json.loads(found.output)["stages"][0]["memory"]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "described"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GH200 480GB", ""),
+        ("NVIDIA GeForce RTX 4090", ""),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name: str, described: str) -> None:
+    assert gpu_of(name) == described
+
+
+def test_a_start_on_a_smaller_gpu_is_refused(wan: Recipe) -> None:
+    """An A100 of 40 GB is called like one of 80: what it has counts."""
+    recipe = load_recipe(RECIPES / "wan2.1-14b-720p.yaml", ["execution.recompute=none"])
+    shape = resolve_mesh(wan.mesh, num_ranks=None)
+    check_memory(wan, shape, "NVIDIA A100-SXM4-40GB", num_bytes=42e9)
+    with pytest.raises(ValueError, match=r"the device has 42\.0"):
+        check_memory(recipe, shape, "NVIDIA A100-SXM4-40GB", num_bytes=42e9)
 
 
 def test_a_search_on_a_device_that_is_too_small_says_what_is_the_least(wan: Recipe) -> None:

@@ -46,13 +46,13 @@ def test_a_bare_number_has_no_source(tmp_path: Path) -> None:
 
 
 def test_a_name_that_isnt_there_is_answered_by_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"a100, b200, h100, h200; did you mean h100\?"):
+    with pytest.raises(ValueError, match=r"a100, b200, cpu, h100, h200; did you mean h100\?"):
         load_hardware("h1000")
 
 
 def test_those_that_come_along_are_packaged_and_read() -> None:
     found = {name: load_hardware(name) for name in hardware_names()}
-    assert found.keys() == {"a100", "h100", "h200", "b200"}
+    assert found.keys() == {"a100", "h100", "h200", "b200", "cpu"}
     # 79.1, 139.8 and 178 GiB
     assert [round(found[name].device.memory / 2**30, 1) for name in ("h100", "h200", "b200")] == [79.1, 139.8, 178.0]
     h100 = found["h100"]
