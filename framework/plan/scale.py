@@ -145,6 +145,7 @@ def changes_for(old: Recipe, request: ScaleRequest, *, choose: ChooseMesh = choo
     new = replace(new, data=replace(new.data, micro_batch=micro))
     more = f"{before:,} -> {after:,} tokens a sample"
     changes.append(Change("data.micro_batch", old.data.micro_batch, micro, f"{more}: no more tokens in a forward"))
+    new, resolved = unresolved(old, new)
     placement = choose(old, new, request.num_gpus or fixed_ranks(old))
     changes += placement_changes(old, new, placement)
     new = replace(new, mesh=placement.mesh)
@@ -157,6 +158,7 @@ def changes_for(old: Recipe, request: ScaleRequest, *, choose: ChooseMesh = choo
     reason = f"lr * sqrt(batch ratio {ratio:.4g}), Adam's rule for as noisy a step"
     changes.append(Change("optimizer.lr", lr, float(f"{lr * math.sqrt(ratio):.4g}"), reason))
     changes.append(Change("optimizer.warmup", warmup, max(warmup, WARMUP), "the moments begin anew"))
+    changes += resolved
     if old.run:
         changes.append(Change("init_from", old.init_from, old.run, "goes on from the weights of the run so far"))
         changes.append(Change("run", old.run, f"{old.run}-{request.seconds:g}s", "a run of its own"))
@@ -191,6 +193,21 @@ def bucket_changes(old: Recipe, request: ScaleRequest) -> tuple[list[Change], Re
         Change("model.rope_max_seq_len", old.model.rope_max_seq_len, max(old.model.rope_max_seq_len, length), reason)
     )
     return [change for change in changes if change.before != change.after], new
+
+
+def unresolved(old: Recipe, new: Recipe) -> tuple[Recipe, list[Change]]:
+    """The new recipe with `auto` where a run's stored recipe says what it stood for there, and the changes."""
+    decay, kernel = old.optimizer.decay_steps, old.attention.kernel
+    changes = [
+        Change(
+            "optimizer.decay_steps", decay, "auto", "those of the steps before: it follows the steps of this recipe"
+        ),
+        Change(
+            "attention.kernel", kernel, "auto", "chosen where the weights were trained: chosen anew where this runs"
+        ),
+    ]
+    optimizer, attention = replace(new.optimizer, decay_steps="auto"), replace(new.attention, kernel="auto")
+    return replace(new, optimizer=optimizer, attention=attention), changes
 
 
 def fixed_ranks(recipe: Recipe) -> int | None:

@@ -33,6 +33,7 @@ WORDS: dict[str, list[str]] = {
     "by tokens": ["flow.shift={name: tokens, tokens: {value: 2.0}}"],
     "any ranks": ["mesh.dp=auto"],
     "sampled": ["sampler.shift=3.0"],
+    "stored": ["optimizer.decay_steps=3", "attention.kernel=aten", "train.steps=3"],
 }
 
 
@@ -124,6 +125,19 @@ def test_a_shift_by_tokens_follows_by_itself_and_the_samplers_own_with_the_fixed
 
 def test_constant_samples_keep_the_learning_rate() -> None:
     assert not changed(wan(), ScaleRequest(20, 256, batch="samples")).keys() & {"data.global_batch", "optimizer.lr"}
+
+
+def test_what_auto_stood_for_in_a_run_is_left_behind() -> None:
+    """A decay of the old run's 3 steps would leave the new one's at the final rate."""
+    seen = []
+
+    def choose(old: Recipe, new: Recipe, num_gpus: int | None) -> Placement:
+        seen.append((new.attention.kernel, new.optimizer.decay_steps))
+        return Placement(MeshConfig(8, 4, 4, 2), "keep_attention")
+
+    found = changed(wan("stored"), ScaleRequest(20, 256), choose=choose)
+    assert (found["optimizer.decay_steps"], found["attention.kernel"]) == ("auto", "auto")
+    assert seen == [("auto", "auto")]
 
 
 def test_ranks_that_the_recipe_leaves_open_stay_so() -> None:
