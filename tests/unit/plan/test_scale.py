@@ -127,6 +127,38 @@ def test_constant_samples_keep_the_learning_rate() -> None:
     assert not changed(wan(), ScaleRequest(20, 256, batch="samples")).keys() & {"data.global_batch", "optimizer.lr"}
 
 
+def test_more_replicas_than_the_batch_has_samples_are_refused() -> None:
+    """64 * 21 / 41 = 32.8 samples; 8 ranks a sample, with tp 16, so 32 * 16 GPUs have one each; 1,024 have 64, which
+    are no more than twice as many, and 2,048 aren't.
+    """
+    assert changed(wan(), ScaleRequest(10, 1024)).keys() & {"mesh", "data.global_batch"} == {"mesh"}
+    said = (
+ .* 128 samples .* 32.78: take --gpus 512 or fewer, or"
+    )
+    with pytest.raises(ValueError, match=said):
+        changed(wan(), ScaleRequest(10, 2048))
+    with pytest.raises(ValueError, match=r"need 32 samples .* gives 15.56: .* say --batch samples for 60, or begin"):
+        changed(replace(wan(), data=replace(wan().data, global_batch=60)), ScaleRequest(20), choose=by_32)
+    with pytest.raises(ValueError, match=r"need 256 samples a step, where --batch samples gives 64"):
+        changed(wan(), ScaleRequest(10, 4096, batch="samples"))
+
+
+def by_32(old: Recipe, new: Recipe, num_gpus: int | None) -> Placement:
+    return Placement(MeshConfig(32, 4, 4, 2), "keep_attention")
+
+
+def test_the_fastest_mesh_leaves_each_replica_a_sample() -> None:
+    """As many tokens are 16.6 samples: of the meshes of 512 GPUs those with at most 16 replicas."""
+    choose = fastest_placement(load_hardware("h100"))
+    found = changed(wan(), ScaleRequest(20, 512), choose=choose)
+    assert found["mesh"]["dp"] <= 16 and math.prod(found["mesh"].values()) == 512
+
+
+def test_the_reason_of_a_mesh_says_how_many_gpus_it_takes() -> None:
+    changes = {c.key: c for c in changes_for(wan(), ScaleRequest(20, 256))}
+    assert changes["mesh"].reason.startswith("256 of 256 GPUs, 32 a sample: 7,898 tokens in a forward of a rank")
+
+
 def test_what_auto_stood_for_in_a_run_is_left_behind() -> None:
     """A decay of the old run's 3 steps would leave the new one's at the final rate."""
     seen = []
