@@ -173,6 +173,11 @@ def fastest_placement(hardware: Hardware) -> ChooseMesh:
         if gpus is None:
             return choose_mesh(old, new, gpus)
         before = replace(new, data=replace(new.data, global_batch=old.data.global_batch))
+        if next(meshes(before, hardware, deal_of(before), gpus=gpus), None) is None:
+            raise ValueError(
+                f"no mesh of {gpus:,} GPUs ({hardware.name}) has a sample of data.global_batch={old.data.global_batch} "
+                f"for every replica, with a ring of at most {MOST_RING}: take fewer --gpus, or another number of them"
+            )
         alike = [layout for layout in search(before, hardware, gpus=gpus) if keeps_the_rest(layout.recipe, new)]
         if not alike:
             raise ValueError(

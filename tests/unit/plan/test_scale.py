@@ -132,9 +132,7 @@ def test_more_replicas_than_the_batch_has_samples_are_refused() -> None:
     are no more than twice as many, and 2,048 aren't.
     """
     assert changed(wan(), ScaleRequest(10, 1024)).keys() & {"mesh", "data.global_batch"} == {"mesh"}
-    said = (
- .* 128 samples .* 32.78: take --gpus 512 or fewer, or"
-    )
+    said = r"mesh.dp=128 \(of 2,048 GPUs, 16 a sample\) .* 128 samples .* 32.78: take --gpus 512 or fewer, or"
     with pytest.raises(ValueError, match=said):
         changed(wan(), ScaleRequest(10, 2048))
     with pytest.raises(ValueError, match=r"need 32 samples .* gives 15.56: .* say --batch samples for 60, or begin"):
@@ -152,6 +150,8 @@ def test_the_fastest_mesh_leaves_each_replica_a_sample() -> None:
     choose = fastest_placement(load_hardware("h100"))
     found = changed(wan(), ScaleRequest(20, 512), choose=choose)
     assert found["mesh"]["dp"] <= 16 and math.prod(found["mesh"].values()) == 512
+    with pytest.raises(ValueError, match=r"no mesh of 100,000 GPUs .* data.global_batch=64 .* take fewer --gpus"):
+        changed(wan(), ScaleRequest(20, 100_000), choose=choose)
 
 
 def test_the_reason_of_a_mesh_says_how_many_gpus_it_takes() -> None:
