@@ -19,7 +19,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
-from framework.data.config import BucketConfig
+from framework.data.config import BucketConfig, DataConfig
 from framework.layers import Tree, assign, overlay
 from framework.models.config import RopeConfig
 from framework.plan.flops import step_flops
@@ -361,7 +361,11 @@ def last_stage(tree: Tree) -> Tree:
     stages = plain.pop("stages", [])
     if stages:
         overlay(plain, {key: value for key, value in stages[-1].items() if key not in ("name", "exit")}, top=True)
-        if (steps := stages[-1].get("exit", {}).get("steps")) is not None:
+        leaving = stages[-1].get("exit", {})
+        steps, samples = leaving.get("steps"), leaving.get("samples")
+        if steps is None and samples is not None:
+            steps = math.ceil(samples / plain.get("data", {}).get("global_batch", DataConfig.global_batch))
+        if steps is not None:
             plain["train"] = plain.get("train", {}) | {"steps": steps}
     return plain
 

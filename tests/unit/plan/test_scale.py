@@ -291,6 +291,21 @@ def test_a_recipe_with_stages_goes_on_from_its_last() -> None:
     tree = {"seed": 1, "data": {"global_batch": 2, "micro_batch": 3}, "stages": [first, last]}
     assert last_stage(tree) == {"seed": 1, "data": {"global_batch": 7, "micro_batch": 3}, "train": {"steps": 7}}
     assert last_stage({"seed": 1}) == {"seed": 1}
+    by_samples = {**last, "exit": {"samples": 50}}
+    assert last_stage(tree | {"stages": [first, by_samples]})["train"] == {"steps": 8}, "50 / 7, the last one in part"
+    assert last_stage({"stages": [{"name": "a", "exit": {"samples": 50}}]})["train"] == {"steps": 7}, "50 / 8"
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_table(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "file").write_text("")
+    status, text = scale(RECIPES / "wan2.1-1.3b.yaml", "--seconds", 10, "--out", tmp_path / "file" / "new.yaml")
+    assert status == 1 and f"{tmp_path}/file is a file, not a directory" in text and "tokens a sample" not in text
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    status, text = scale(RECIPES / "wan2.1-1.3b.yaml", "--seconds", 10, "--out", tmp_path / "a" / "new.yaml")
+    assert status == 1 and f"{tmp_path} is closed to this user" in text and "tokens a sample" not in text
+    monkeypatch.undo()
+    status, text = scale(RECIPES / "wan2.1-1.3b.yaml", "--seconds", 10, "--out", tmp_path / ("a" * 300))
+    assert status == 1 and "can't be written (File name too long)" in text and "tokens a sample" not in text
 
 
 @pytest.mark.parametrize(
