@@ -1,5 +1,6 @@
 """`cuboid scale`: a recipe for longer clips, from one that trains."""
 
+import os
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -39,8 +40,8 @@ def scale(
         raise ValueError(f"--rope {rope} must be one of {', '.join(get_args(RopeTime))}")
     if gpus is not None and gpus < 1:
         raise ValueError(f"--gpus {gpus} must be at least 1")
-    if out is not None and out.exists():
-        raise ValueError(f"--out {out} is there already: name a new file, or remove it")
+    if out is not None:
+        check_out(out)
     size = None if resolution is None else parse_size(resolution)
     tree = last_stage(apply_overrides(read_recipe_layers(recipe), overrides or []))
     old = build_recipe(tree)
@@ -56,9 +57,28 @@ def scale(
     streams = ", ".join(stream.path for stream in new.data.streams)
     log.line(f"data.streams ({streams}): latents fit at exactly a bucket's shape and rate: encode them anew")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(recipe_text(tree, changes, stages, [f"{recipe} for clips of {seconds:g} s.", "", *words[:-1]]))
+        text = recipe_text(tree, changes, stages, [f"{recipe} for clips of {seconds:g} s.", "", *words[:-1]])
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text)
+        except OSError as error:  # a full disk, a place that only looks writable
+            raise ValueError(f"--out {out} can't be written ({error.strerror}): name another file") from None
         log.line(f"{out} is written")
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError for a file that is there, or that can't be made."""
+    try:
+        there = out.exists()
+        above = next(parent for parent in out.absolute().parents if parent.exists())
+    except OSError as error:  # a name too long, or a directory that may not be looked into
+        raise ValueError(f"--out {out} can't be written ({error.strerror}): name another file") from None
+    if there:
+        raise ValueError(f"--out {out} is there already: name a new file, or remove it")
+    if not above.is_dir():
+        raise ValueError(f"--out {out} can't be written: {above} is a file, not a directory: name another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out} can't be written: {above} is closed to this user: name another place")
 
 
 def parse_size(resolution: str) -> tuple[int, int]:

@@ -178,21 +178,29 @@ def first_that_fits(
 
 def fastest_placement(hardware: Hardware) -> ChooseMesh:
     """For `cuboid scale`: the mesh of the fastest layout that leaves the rest of a recipe as it is, and its recompute.
-    Without a number of GPUs the simplest mesh that holds the clip (plan/scale_mesh.py).
+    Without a number of GPUs the simplest mesh that holds the clip (plan/scale_mesh.py). Meshes with more replicas than
+    the new batch has samples are taken only where no other fits: the batch would have to grow with them.
     """
 
     def choose(old: Recipe, new: Recipe, gpus: int | None) -> Placement:
         if gpus is None:
             return choose_mesh(old, new, gpus)
-        alike = [layout for layout in search(new, hardware, gpus=gpus) if keeps_the_rest(layout.recipe, new)]
+        before = replace(new, data=replace(new.data, global_batch=old.data.global_batch))
+        if next(meshes(before, hardware, deal_of(before), gpus=gpus), None) is None:
+            raise ValueError(
+                f"no mesh of {gpus:,} GPUs ({hardware.name}) has a sample of data.global_batch={old.data.global_batch} "
+                f"for every replica, with a ring of at most {MOST_RING}: take fewer --gpus, or another number of them"
+            )
+        alike = [layout for layout in search(before, hardware, gpus=gpus) if keeps_the_rest(layout.recipe, new)]
         if not alike:
             raise ValueError(
                 f"no mesh of {gpus} GPUs fits these clips with zero.engine={new.zero.engine}, zero.stage="
                 f"{new.zero.stage} and data.micro_batch={new.data.micro_batch}: raise --gpus, or change those"
             )
-        shape = alike[0].shape
-        mesh = MeshConfig(shape.dp, shape.ring, shape.ulysses, shape.tp)
-        return Placement(mesh, alike[0].recipe.execution.recompute)
+        dealt = [layout for layout in alike if layout.shape.dp <= new.data.global_batch]
+        best = (dealt or alike)[0]
+        mesh = MeshConfig(best.shape.dp, best.shape.ring, best.shape.ulysses, best.shape.tp)
+        return Placement(mesh, best.recipe.execution.recompute)
 
     return choose
 

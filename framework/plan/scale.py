@@ -19,7 +19,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
-from framework.data.config import BucketConfig
+from framework.data.config import BucketConfig, DataConfig
 from framework.layers import Tree, assign, overlay
 from framework.models.config import RopeConfig
 from framework.plan.flops import step_flops
@@ -145,8 +145,10 @@ def changes_for(old: Recipe, request: ScaleRequest, *, choose: ChooseMesh = choo
     new = replace(new, data=replace(new.data, micro_batch=micro))
     more = f"{before:,} -> {after:,} tokens a sample"
     changes.append(Change("data.micro_batch", old.data.micro_batch, micro, f"{more}: no more tokens in a forward"))
-    placement = choose(old, new, request.num_gpus or fixed_ranks(old))
-    changes += placement_changes(old, new, placement)
+    new, resolved = unresolved(old, new)
+    gpus = request.num_gpus or fixed_ranks(old)
+    placement = choose(old, with_samples(old, new, request.batch), gpus)
+    changes += placement_changes(old, new, placement, gpus)
     new = replace(new, mesh=placement.mesh)
     batch, why = batch_of(old, new, request.batch)
     changes.append(Change("data.global_batch", old.data.global_batch, batch, why))
@@ -157,6 +159,7 @@ def changes_for(old: Recipe, request: ScaleRequest, *, choose: ChooseMesh = choo
     reason = f"lr * sqrt(batch ratio {ratio:.4g}), Adam's rule for as noisy a step"
     changes.append(Change("optimizer.lr", lr, float(f"{lr * math.sqrt(ratio):.4g}"), reason))
     changes.append(Change("optimizer.warmup", warmup, max(warmup, WARMUP), "the moments begin anew"))
+    changes += resolved
     if old.run:
         changes.append(Change("init_from", old.init_from, old.run, "goes on from the weights of the run so far"))
         changes.append(Change("run", old.run, f"{old.run}-{request.seconds:g}s", "a run of its own"))
@@ -193,18 +196,33 @@ def bucket_changes(old: Recipe, request: ScaleRequest) -> tuple[list[Change], Re
     return [change for change in changes if change.before != change.after], new
 
 
+def unresolved(old: Recipe, new: Recipe) -> tuple[Recipe, list[Change]]:
+    """The new recipe with `auto` where a run's stored recipe says what it stood for there, and the changes."""
+    decay, kernel = old.optimizer.decay_steps, old.attention.kernel
+    changes = [
+        Change("optimizer.decay_steps", decay, "auto", "counted the steps before: follows those of this recipe"),
+        Change("attention.kernel", kernel, "auto", "what the run before had: chosen anew where this runs"),
+    ]
+    optimizer, attention = replace(new.optimizer, decay_steps="auto"), replace(new.attention, kernel="auto")
+    return replace(new, optimizer=optimizer, attention=attention), changes
+
+
 def fixed_ranks(recipe: Recipe) -> int | None:
     """The GPUs of the recipe's mesh, where it says how many."""
     mesh = recipe.mesh
     return None if mesh.dp == "auto" else mesh.dp * mesh.ring * mesh.ulysses * mesh.tp
 
 
-def placement_changes(old: Recipe, new: Recipe, placement: Placement) -> list[Change]:
-    """Degrees and recompute."""
+def placement_changes(old: Recipe, new: Recipe, placement: Placement, gpus: int | None) -> list[Change]:
+    """Degrees and recompute. gpus: that there are, None where the recipe leaves it open."""
     mesh, held = placement.mesh, rank_tokens(old)
     cp = mesh.ring * mesh.ulysses
     now = -(-new.data.micro_batch * sample_tokens(new) // cp)
-    reason = f"{now:,} tokens in a forward of a rank, as against {held:,}; Ulysses within {NODE} ranks, a ring across"
+    used = "" if gpus is None or mesh.dp == "auto" else f"{mesh.dp * cp * mesh.tp:,} of {gpus:,} GPUs, "
+    reason = (
+        f"{used}{cp * mesh.tp} a sample: {now:,} tokens in a forward of a rank, as against {held:,}; Ulysses within "
+        f"{NODE} ranks, a ring across"
+    )
     changes = [Change("mesh", asdict(old.mesh), asdict(mesh), reason)]
     changes += [
         Change(f"data.buckets.{index}.{name}", getattr(old.data.buckets[index], name), None, "the mesh's")
@@ -218,12 +236,36 @@ def placement_changes(old: Recipe, new: Recipe, placement: Placement) -> list[Ch
     return [*changes, Change("execution.recompute", old.execution.recompute, placement.recompute, reason)]
 
 
+def exact_batch(old: Recipe, new: Recipe, kept: Literal["tokens", "samples"]) -> float:
+    """Samples for as many tokens a step as before, or as many samples."""
+    return old.data.global_batch * (1 if kept == "samples" else mean_tokens(old) / mean_tokens(new))
+
+
+def with_samples(old: Recipe, new: Recipe, kept: Literal["tokens", "samples"]) -> Recipe:
+    """The new recipe with about its batch, before the mesh that it is rounded to is known."""
+    rounds = new.data.rounds
+    batch = max(1, int(exact_batch(old, new, kept)) // rounds) * rounds
+    return replace(new, data=replace(new.data, global_batch=batch))
+
+
 def batch_of(old: Recipe, new: Recipe, kept: Literal["tokens", "samples"]) -> tuple[int, str]:
-    """Samples a step, and why: those with as many tokens, to the nearest multiple of dp and of rounds."""
+    """Samples a step, and why: those with as many tokens, to the nearest multiple of dp and of rounds. Raises
+    ValueError where that is no longer about as many.
+    """
+    dp, exact = 1 if new.mesh.dp == "auto" else new.mesh.dp, exact_batch(old, new, kept)
+    unit, before = math.lcm(dp, old.data.rounds), old.data.global_batch
+    if unit > 2 * max(1, exact):
+        cp = new.mesh.ring * new.mesh.ulysses
+        most = max(1, int(exact)) * cp * new.mesh.tp
+        other = f", say --batch samples for {before:,}" if kept == "tokens" and unit <= before else ""
+        raise ValueError(
+            f"mesh.dp={dp:,} (of {dp * cp * new.mesh.tp:,} GPUs, {cp * new.mesh.tp} a sample) and data.rounds="
+            f"{old.data.rounds} need {unit:,} samples a step, where --batch {kept} gives {exact:.4g}: take --gpus "
+            f"{most:,} or fewer{other}, or begin with more context parallelism (mesh.ring, mesh.ulysses) or a larger "
+            "data.global_batch"
+        )
     if kept == "samples":
-        return old.data.global_batch, "--batch samples"
-    unit = math.lcm(1 if new.mesh.dp == "auto" else new.mesh.dp, old.data.rounds)
-    exact = old.data.global_batch * mean_tokens(old) / mean_tokens(new)
+        return before, "--batch samples"
     return max(1, round(exact / unit)) * unit, f"as many tokens a step would be {exact:.4g}, to a multiple of {unit}"
 
 
@@ -319,7 +361,11 @@ def last_stage(tree: Tree) -> Tree:
     stages = plain.pop("stages", [])
     if stages:
         overlay(plain, {key: value for key, value in stages[-1].items() if key not in ("name", "exit")}, top=True)
-        if (steps := stages[-1].get("exit", {}).get("steps")) is not None:
+        leaving = stages[-1].get("exit", {})
+        steps, samples = leaving.get("steps"), leaving.get("samples")
+        if steps is None and samples is not None:
+            steps = math.ceil(samples / plain.get("data", {}).get("global_batch", DataConfig.global_batch))
+        if steps is not None:
             plain["train"] = plain.get("train", {}) | {"steps": steps}
     return plain
 

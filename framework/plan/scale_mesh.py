@@ -26,7 +26,9 @@ class Placement:
     recompute: Recompute
 
 
-ChooseMesh = Callable[[Recipe, Recipe, int | None], Placement]  # (old, new with the old degrees, GPUs)
+ChooseMesh = Callable[
+    [Recipe, Recipe, int | None], Placement
+]  # (old, new with the old degrees and about its batch, GPUs)
 
 
 def longest(recipe: Recipe) -> list[int]:

@@ -33,6 +33,7 @@ WORDS: dict[str, list[str]] = {
     "by tokens": ["flow.shift={name: tokens, tokens: {value: 2.0}}"],
     "any ranks": ["mesh.dp=auto"],
     "sampled": ["sampler.shift=3.0"],
+    "stored": ["optimizer.decay_steps=3", "attention.kernel=aten", "train.steps=3"],
 }
 
 
@@ -124,6 +125,51 @@ def test_a_shift_by_tokens_follows_by_itself_and_the_samplers_own_with_the_fixed
 
 def test_constant_samples_keep_the_learning_rate() -> None:
     assert not changed(wan(), ScaleRequest(20, 256, batch="samples")).keys() & {"data.global_batch", "optimizer.lr"}
+
+
+def test_more_replicas_than_the_batch_has_samples_are_refused() -> None:
+    """64 * 21 / 41 = 32.8 samples; 8 ranks a sample, with tp 16, so 32 * 16 GPUs have one each; 1,024 have 64, which
+    are no more than twice as many, and 2,048 aren't.
+    """
+    assert changed(wan(), ScaleRequest(10, 1024)).keys() & {"mesh", "data.global_batch"} == {"mesh"}
+    said = r"mesh.dp=128 \(of 2,048 GPUs, 16 a sample\) .* 128 samples .* 32.78: take --gpus 512 or fewer, or"
+    with pytest.raises(ValueError, match=said):
+        changed(wan(), ScaleRequest(10, 2048))
+    with pytest.raises(ValueError, match=r"need 32 samples .* gives 15.56: .* say --batch samples for 60, or begin"):
+        changed(replace(wan(), data=replace(wan().data, global_batch=60)), ScaleRequest(20), choose=by_32)
+    with pytest.raises(ValueError, match=r"need 256 samples a step, where --batch samples gives 64"):
+        changed(wan(), ScaleRequest(10, 4096, batch="samples"))
+
+
+def by_32(old: Recipe, new: Recipe, num_gpus: int | None) -> Placement:
+    return Placement(MeshConfig(32, 4, 4, 2), "keep_attention")
+
+
+def test_the_fastest_mesh_leaves_each_replica_a_sample() -> None:
+    """As many tokens are 16.6 samples: of the meshes of 512 GPUs those with at most 16 replicas."""
+    choose = fastest_placement(load_hardware("h100"))
+    found = changed(wan(), ScaleRequest(20, 512), choose=choose)
+    assert found["mesh"]["dp"] <= 16 and math.prod(found["mesh"].values()) == 512
+    with pytest.raises(ValueError, match=r"no mesh of 100,000 GPUs .* data.global_batch=64 .* take fewer --gpus"):
+        changed(wan(), ScaleRequest(20, 100_000), choose=choose)
+
+
+def test_the_reason_of_a_mesh_says_how_many_gpus_it_takes() -> None:
+    changes = {c.key: c for c in changes_for(wan(), ScaleRequest(20, 256))}
+    assert changes["mesh"].reason.startswith("256 of 256 GPUs, 32 a sample: 7,898 tokens in a forward of a rank")
+
+
+def test_what_auto_stood_for_in_a_run_is_left_behind() -> None:
+    """A decay of the old run's 3 steps would leave the new one's at the final rate."""
+    seen = []
+
+    def choose(old: Recipe, new: Recipe, num_gpus: int | None) -> Placement:
+        seen.append((new.attention.kernel, new.optimizer.decay_steps))
+        return Placement(MeshConfig(8, 4, 4, 2), "keep_attention")
+
+    found = changed(wan("stored"), ScaleRequest(20, 256), choose=choose)
+    assert (found["optimizer.decay_steps"], found["attention.kernel"]) == ("auto", "auto")
+    assert seen == [("auto", "auto")]
 
 
 def test_ranks_that_the_recipe_leaves_open_stay_so() -> None:
@@ -245,6 +291,21 @@ def test_a_recipe_with_stages_goes_on_from_its_last() -> None:
     tree = {"seed": 1, "data": {"global_batch": 2, "micro_batch": 3}, "stages": [first, last]}
     assert last_stage(tree) == {"seed": 1, "data": {"global_batch": 7, "micro_batch": 3}, "train": {"steps": 7}}
     assert last_stage({"seed": 1}) == {"seed": 1}
+    by_samples = {**last, "exit": {"samples": 50}}
+    assert last_stage(tree | {"stages": [first, by_samples]})["train"] == {"steps": 8}, "50 / 7, the last one in part"
+    assert last_stage({"stages": [{"name": "a", "exit": {"samples": 50}}]})["train"] == {"steps": 7}, "50 / 8"
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_table(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "file").write_text("")
+    status, text = scale(RECIPES / "wan2.1-1.3b.yaml", "--seconds", 10, "--out", tmp_path / "file" / "new.yaml")
+    assert status == 1 and f"{tmp_path}/file is a file, not a directory" in text and "tokens a sample" not in text
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    status, text = scale(RECIPES / "wan2.1-1.3b.yaml", "--seconds", 10, "--out", tmp_path / "a" / "new.yaml")
+    assert status == 1 and f"{tmp_path} is closed to this user" in text and "tokens a sample" not in text
+    monkeypatch.undo()
+    status, text = scale(RECIPES / "wan2.1-1.3b.yaml", "--seconds", 10, "--out", tmp_path / ("a" * 300))
+    assert status == 1 and "can't be written (File name too long)" in text and "tokens a sample" not in text
 
 
 @pytest.mark.parametrize(
