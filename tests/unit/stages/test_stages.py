@@ -11,9 +11,9 @@ from curriculum import curriculum
 from tiny import recipe_tree
 
 from framework.checkpoint.manifest import Progress, progress_of
-from framework.checkpoint.stage import check_stages
+from framework.checkpoint.stage import check_stages, trained_recipe
 from framework.layers import apply_overrides
-from framework.recipe import Recipe, build_recipe, flatten, load_recipe, to_yaml
+from framework.recipe import Recipe, build_recipe, flatten, load_recipe, sample_bucket, to_yaml
 from framework.run import Resolved, Run, resolve_invocation, store_recipe
 from framework.stages.recipes import adopt_resolved, resolve_run, stage_recipe, stages_of
 
@@ -261,3 +261,23 @@ def test_a_hand_over() -> None:
     )
     assert after.data_step - after.stage_data == 0
     assert progress_of({"step": 3, "evaluations": [1.0, 2.0]}).evaluations == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("progress", "clip"),
+    [
+        (Progress(step=2), "1x16x16"),
+        (AT_ITS_START, "1x16x16"),
+        (BEGUN, "5x16x16"),
+        (Progress(step=12, stage=4, stage_step=12), "17x16x16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_checkpoint_is_of_the_stage_that_it_was_trained_in(stored: Recipe, progress: Progress, clip: str) -> None:
+    """At a stage's end, and so of a finished run, that is not the one which goes on from it."""
+    assert sample_bucket(trained_recipe(stored, progress)).name == clip
+
+
+def test_a_checkpoint_of_a_run_without_stages() -> None:
+    plain = build_recipe(recipe_tree(Path("latents"), Path("run")))
+    assert trained_recipe(plain, Progress(step=3)) == plain
