@@ -151,6 +151,23 @@ def check_kept(leaves: Leaves, stage: Stage, own: Leaves) -> None:
             )
 
 
+def check_plateau(stage: Stage, own: Leaves) -> None:
+    """Raises ValueError for a plateau that no validation can show. own: the keys of the stage's recipe."""
+    plateau, every = stage.exit.plateau, own["validation.every"]
+    if plateau is None:
+        return
+    if not every:
+        raise ValueError(
+            f"{stage}: exit: a plateau is one of the validation loss: set validation.every and validation.shards"
+        )
+    # One validation, with which these are compared, comes before them: at the stage's first step at the earliest.
+    if plateau.evaluations * every >= own["train.steps"]:
+        raise ValueError(
+            f"{stage}: exit: plateau.evaluations={plateau.evaluations} at validation.every={every} take more than the "
+            f"{own['train.steps']} steps of the stage: lower validation.every or evaluations, or raise exit.steps"
+        )
+
+
 def check_stages(entries: list[Tree], tree: Tree, leaves: Leaves, *, build: Callable[[Tree], Leaves]) -> int:
     """Check every stage's own recipe; the most steps that all may take. leaves: the keys of the recipe. build: the
     keys of a tree's recipe. Raises ValueError with the stage.
@@ -161,9 +178,6 @@ def check_stages(entries: list[Tree], tree: Tree, leaves: Leaves, *, build: Call
     for stage in read_stages(entries):
         own = build_stage(tree, stage, build)
         check_kept(leaves, stage, own)
-        if stage.exit.plateau is not None and not own["validation.every"]:
-            raise ValueError(
-                f"{stage}: exit: a plateau is one of the validation loss: set validation.every and validation.shards"
-            )
+        check_plateau(stage, own)
         total += own["train.steps"]
     return total

@@ -134,6 +134,19 @@ def test_a_plateau_with_validation() -> None:
     assert stage_recipe(recipe, 0).train.steps == 9
 
 
+@pytest.mark.parametrize(("every", "steps", "possible"), [(2, 5, True), (2, 4, False), (9, 9, False)])
+def test_a_plateau_that_can_not_come(every: int, steps: int, possible: bool) -> None:
+    """In a run whose steps before are odd, validations every 2 are at the stage's steps 1, 3 and 5."""
+    leaving = {"plateau": {"evaluations": 2, "min_improvement": 0.01}, "steps": steps}
+    stage = STAGE | {"exit": leaving, "validation": {"every": every, "shards": ["held"]}}
+    if possible:
+        assert stage_recipe(with_stages(stage), 0).train.steps == steps
+        return
+    message = rf"plateau\.evaluations=2 at validation\.every={every} take more than the {steps} steps of the stage"
+    with pytest.raises(ValueError, match=message):
+        with_stages(stage)
+
+
 def test_auto_is_resolved_as_each_stage_begins() -> None:
     """And then stays: a longer stage keeps its schedule, and one that hasn't begun gets its own."""
     recipe = load()
