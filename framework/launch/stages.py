@@ -67,6 +67,6 @@ def stages_of_rank(invocation: Resolved, env: Environment, stage: int | None) ->
 def finished(recipe: Recipe, progress: Progress) -> str:
     """What is said where nothing is left."""
     return (
-        f"the run {recipe.run} is finished: its {len(recipe.stages)} stages are done, {progress.step} steps; the stored "
-        "recipe counts, so to add stages give all of them as stages=[{name: ..., exit: {...}}, ...]"
+        f"the run {recipe.run} is finished: its {len(recipe.stages)} stages are done, {progress.step} steps; the "
+        "stored recipe counts, so to add stages give all of them as stages=[{name: ..., exit: {...}}, ...]"
     )

@@ -122,6 +122,30 @@ def test_refused(entries: list[dict[str, Any]], message: str) -> None:
         with_stages(*entries)
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("stages=images", "the recipe: stages=images must be a list of stages: stages: [{name: images, exit:"),
+        ("stages=null", "the recipe: stages=null must be a list"),
+        ("stages={name: a}", "the recipe: stages={'name': 'a'} must be a list"),
+        ("stages.1=null", "the recipe: stages.1=null must be a stage's keys: {name: images, exit: {steps: N}}; to"),
+        ("stages.0=x", "the recipe: stages.0=x must be a stage's keys"),
+        ("stages.0.exit=3", "stages[0] (image): exit=3 must be {steps: N}, {samples: N} or {plateau: {"),
+        ("stages.0.exit.plateau=3", "stages[0] (image): exit.plateau=3 must be {evaluations: N, min_improvement: X}"),
+    ],
+)
+def test_what_is_no_stage_is_refused(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        load(word)
+
+
+def test_a_file_whose_stages_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("stages: images\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}: stages=images must be a list")):
+        load_recipe(path, [])
+
+
 def test_steps_beside_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=r"train\.steps can't stand beside stages"):
         with_stages(STAGE, train={"steps": 5})
