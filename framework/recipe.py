@@ -45,7 +45,7 @@ from framework.plan.config import HardwareConfig
 from framework.plan.parameters import check_patterns
 from framework.programs.config import WatchConfig
 from framework.shapes import TokenShape, divisors, latent_shape, token_shape
-from framework.stages.merge import check_stages
+from framework.stages.merge import check_entries, check_stages
 from framework.text.config import TextConfig, text_width
 from framework.tokenizer.config import TokenizerConfig, tokenizer_channels, tokenizer_strides
 
@@ -106,11 +106,13 @@ def check_layer(tree: Tree, file: Path) -> None:
             f"{file} describes a cluster ({', '.join(foreign[:3])}), where a recipe is wanted: give it as "
             f"--cluster {file}, and a recipe (recipes/) in its place"
         )
+    check_entries(tree, str(file))
     merge_typed(Recipe, tree, str(file))
 
 
 def build_recipe(tree: Tree) -> Recipe:
     """A checked Recipe from a plain tree of keys."""
+    check_entries(tree, "the recipe")
     try:
         plain = OmegaConf.to_object(merge_typed(Recipe, tree, "the recipe"))
     except OmegaConfBaseException as error:

@@ -73,6 +73,11 @@ class Progress:
         )
 
     @property
+    def trained_stage(self) -> int:
+        """The stage of the last step, which where that ended a stage is the one before `stage`."""
+        return self.stage - 1 if self.stage and self.step == self.stage_step else self.stage
+
+    @property
     def data_step(self) -> int:
         """The data that the next step takes."""
         return data_step(self.skipped, self.step)

@@ -5,13 +5,18 @@ from framework.checkpoint.manifest import Progress
 from framework.recipe import Recipe
 from framework.run import Resolved, check_same
 from framework.stages.merge import Stage
-from framework.stages.recipes import stage_recipe, stages_of
+from framework.stages.recipes import recipe_at, stage_recipe, stages_of
 
 
 def read_progress(recipe: Recipe) -> Progress:
     """Of the newest checkpoint. Raises DamagedCheckpoint where it isn't whole."""
     found = newest(store_of(recipe), fall_back=recipe.resume.fall_back)
     return Progress() if found is None else found.manifest.progress
+
+
+def trained_recipe(recipe: Recipe, progress: Progress) -> Recipe:
+    """The recipe by which a run's checkpoint was trained: of its stage, where the run has any."""
+    return recipe_at(recipe, progress.trained_stage if recipe.stages else None)
 
 
 def check_stages(invocation: Resolved, progress: Progress) -> None:

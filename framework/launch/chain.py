@@ -46,7 +46,7 @@ def build_chain(invocation: Resolved, cluster: ClusterConfig, request: Request) 
         links.append(Link(stage, job, stage_recipe(recipe, stage.index)))
         notes += own
     if not links:
-        raise ValueError(finished(recipe, progress))
+        raise ValueError("\n".join((*invocation.notes, finished(recipe, progress))))
     return links, list(dict.fromkeys(notes))
 
 

@@ -19,8 +19,9 @@ def train_here(invocation: Resolved, arguments: list[str]) -> int:
     progress = read_progress(recipe)
     check_stages(invocation, progress)
     shapes = check_left(recipe, progress, num_ranks=None)
-    if not shapes:
-        line(finished(recipe, progress))
+    if not shapes:  # else the ranks say the notes
+        for text in (*invocation.notes, finished(recipe, progress)):
+            line(text)
     with Launcher() as launcher:
         for index, shape in shapes.items():
             status = launcher.run([*arguments, "--stage", str(index)], world_size=shape.world_size)
@@ -65,4 +66,7 @@ def stages_of_rank(invocation: Resolved, env: Environment, stage: int | None) ->
 
 def finished(recipe: Recipe, progress: Progress) -> str:
     """What is said where nothing is left."""
-    return f"the run {recipe.run} is finished: its {len(recipe.stages)} stages are done, {progress.step} steps"
+    return (
+        f"the run {recipe.run} is finished: its {len(recipe.stages)} stages are done, {progress.step} steps; the "
+        "stored recipe counts, so to add stages give all of them as stages=[{name: ..., exit: {...}}, ...]"
+    )

@@ -147,7 +147,7 @@ def state_by_hand(facts: Facts) -> tuple[State, str]:
 def end_reason(verdict: Verdict) -> str:
     """What ended an attempt that saved."""
     if verdict.outcome == "done":
-        return "all steps done"
+        return f"stage {verdict.stage} done" if verdict.follow else "all steps done"
     return f"stopped by {signal.Signals(verdict.signal).name}" if verdict.signal is not None else "stopped"
 
 

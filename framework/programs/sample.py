@@ -9,6 +9,7 @@ from torch import Tensor
 
 from framework.checkpoint.find import open_checkpoint
 from framework.checkpoint.read import CheckpointReader
+from framework.checkpoint.stage import trained_recipe
 from framework.diffusion.config import SamplerConfig
 from framework.diffusion.sampler import Experts
 from framework.diffusion.video_file import write_contact_sheet, write_mp4
@@ -39,8 +40,9 @@ class SampleRequest:
 
 def sample(path: Path, request: SampleRequest) -> str:
     """Sample and write an mp4 and, beside it, a contact sheet. Returns the line to print."""
-    recipe = recipe_of_run(path)
     reader = CheckpointReader(*open_checkpoint(str(path)))
+    progress = reader.found.manifest.progress
+    recipe = trained_recipe(recipe_of_run(path), progress)
     recipe = replace(
         recipe,
         sampler=replace(
@@ -56,9 +58,8 @@ def sample(path: Path, request: SampleRequest) -> str:
     (video,) = generator(Experts.lone(LocalModel(model)), [request.prompt], seed=request.seed)
     averaged = any(name.startswith("ema.") for name in reader.tensors)
     weights = f"{request.weights} weights" if averaged or request.weights == "raw" else "raw weights (no average)"
-    step = reader.found.manifest.progress.step
     written = write(request.out, request.prompt, video, generator.fps)
-    return f"{written}: {generator.clip} from step {step}, {weights}"
+    return f"{written}: {generator.clip} from step {progress.step}, {weights}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 plateau:  min(last K losses) > (1 - min_improvement) * best loss of the stage before them
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from framework.checkpoint.manifest import Progress
@@ -53,11 +54,17 @@ def with_loss(losses: tuple[float, ...], loss: float, plateau: PlateauConfig) ->
     losses = (*losses, loss)
     if len(losses) <= plateau.evaluations + 1:
         return losses
-    return min(losses[:2]), *losses[2:]
+    return min(numbers(losses[:2])), *losses[2:]
 
 
 def is_flat(losses: tuple[float, ...], plateau: PlateauConfig) -> bool:
     """Whether the last validations are no better than the best before them."""
     if len(losses) <= plateau.evaluations:
         return False
-    return min(losses[1:]) > (1 - plateau.min_improvement) * losses[0]
+    best, *last = numbers(losses)
+    return min(last) == math.inf or min(last) > (1 - plateau.min_improvement) * best
+
+
+def numbers(losses: tuple[float, ...]) -> list[float]:
+    """Losses in which what isn't a number is worse than any: min takes nan for the least where it comes first."""
+    return [math.inf if math.isnan(loss) else loss for loss in losses]

@@ -6,8 +6,9 @@
 
 The recipe of a stage is the recipe without `stages`, the stage's own keys over it: a stage can be read without those
 before it. Weights, moments, average and the run's steps go on from stage to stage; the data begin an order of the
-stage's own, and its learning rate, warm-up and decay_steps count from its first step. Outside of training (sample,
-plan, encode, ...) the recipe without its stages counts.
+stage's own, and its learning rate, warm-up and decay_steps count from its first step. `plan` goes through the
+stages, `sample` takes the one that the checkpoint was trained in; elsewhere outside of training (encode, ...) the
+recipe without its stages counts.
 """
 
 import copy
@@ -68,6 +69,24 @@ class Stage:
         return f"stages[{self.index}] ({self.name})"
 
 
+def check_entries(tree: Tree, source: str) -> None:
+    """Raises ValueError where `stages` of a tree isn't a list of sections. source: what the tree is, for a person."""
+    found = tree.get("stages", [])
+    if not isinstance(found, list):
+        value = "null" if found is None else found
+        raise ValueError(
+            f"{source}: stages={value} must be a list of stages: stages: [{{name: images, exit: {{steps: N}}}}], or "
+            "leave it out"
+        )
+    for index, entry in enumerate(found):
+        if not isinstance(entry, dict):
+            value = "null" if entry is None else entry
+            raise ValueError(
+                f"{source}: stages.{index}={value} must be a stage's keys: {{name: images, exit: {{steps: N}}}}; to "
+                "leave a stage out give the list without it, stages=[...]"
+            )
+
+
 def read_stages(entries: list[Tree]) -> list[Stage]:
     """The stages of a recipe. Raises ValueError for a name or an exit that can't be."""
     stages = [read_stage(entry, index) for index, entry in enumerate(entries)]
@@ -85,8 +104,13 @@ def read_stage(entry: Tree, index: int) -> Stage:
             f"stages[{index}].name={name} must be a short word of lower-case letters, digits, - and _: images"
         )
     here, leaving = f"stages[{index}] ({name})", entry.get("exit")
+    ways = "{steps: N}, {samples: N} or {plateau: {evaluations: N, min_improvement: X}, steps: N}"
+    if leaving is None:
+        raise ValueError(f"{here} has no exit: add exit: {ways}")
     if not isinstance(leaving, dict):
-        raise ValueError(f"{here} has no exit: add exit: {{steps: N}}, {{samples: N}} or {{plateau: ..., steps: N}}")
+        raise ValueError(f"{here}: exit={leaving} must be {ways}")
+    if not isinstance(plateau := leaving.get("plateau"), dict | None):
+        raise ValueError(f"{here}: exit.plateau={plateau} must be {{evaluations: N, min_improvement: X}}")
     try:
         found: ExitConfig = OmegaConf.to_object(merge_typed(ExitConfig, leaving, f"{here}: exit"))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -150,6 +174,23 @@ def check_kept(leaves: Leaves, stage: Stage, own: Leaves) -> None:
             )
 
 
+def check_plateau(stage: Stage, own: Leaves) -> None:
+    """Raises ValueError for a plateau that no validation can show. own: the keys of the stage's recipe."""
+    plateau, every = stage.exit.plateau, own["validation.every"]
+    if plateau is None:
+        return
+    if not every:
+        raise ValueError(
+            f"{stage}: exit: a plateau is one of the validation loss: set validation.every and validation.shards"
+        )
+    # One validation, with which these are compared, comes before them: at the stage's first step at the earliest.
+    if plateau.evaluations * every >= own["train.steps"]:
+        raise ValueError(
+            f"{stage}: exit: plateau.evaluations={plateau.evaluations} at validation.every={every} take more than the "
+            f"{own['train.steps']} steps of the stage: lower validation.every or evaluations, or raise exit.steps"
+        )
+
+
 def check_stages(entries: list[Tree], tree: Tree, leaves: Leaves, *, build: Callable[[Tree], Leaves]) -> int:
     """Check every stage's own recipe; the most steps that all may take. leaves: the keys of the recipe. build: the
     keys of a tree's recipe. Raises ValueError with the stage.
@@ -160,9 +201,6 @@ def check_stages(entries: list[Tree], tree: Tree, leaves: Leaves, *, build: Call
     for stage in read_stages(entries):
         own = build_stage(tree, stage, build)
         check_kept(leaves, stage, own)
-        if stage.exit.plateau is not None and not own["validation.every"]:
-            raise ValueError(
-                f"{stage}: exit: a plateau is one of the validation loss: set validation.every and validation.shards"
-            )
+        check_plateau(stage, own)
         total += own["train.steps"]
     return total

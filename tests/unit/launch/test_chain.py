@@ -9,8 +9,9 @@ import yaml
 from histories import DIED, Board, write_run
 from tiny import recipe_tree
 
+from framework.checkpoint.manifest import Progress
 from framework.history import Event, History
-from framework.launch import chain, submit
+from framework.launch import chain, stages, submit
 from framework.launch.account import outside
 from framework.launch.cancel import cancel
 from framework.launch.chain import build_chain, submit_chain
@@ -61,6 +62,21 @@ def test_a_job_for_each_stage(invocation: Resolved, cluster: ClusterConfig, tmp_
     assert "#SBATCH --dependency" not in script_of(links[0].job)
     assert links[1].lines()[0] == "stage    ring, 8 samples" and "waits    for job <wide>" in links[1].lines()
     assert notes == [] and not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_says_what_is_ignored(
+    invocation: Resolved, cluster: ClusterConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe file with more stages than the run has: its diff, and how they are added."""
+    over = Progress(step=9, stage=len(invocation.recipe.stages), stage_step=9)
+    noted = replace(invocation, notes=("+- name: third",))
+    for module in (stages, chain):
+        monkeypatch.setattr(module, "read_progress", lambda recipe: over)
+    assert stages.train_here(noted, []) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("+- name: third\n") and "stages are done, 9 steps" in said and "as stages=[{name:" in said
+    with pytest.raises(ValueError, match=r"^\+- name: third\n.* is finished"):
+        build_chain(noted, cluster, Request())
 
 
 def test_what_a_stage_cant_is_refused_by_its_name(invocation: Resolved, cluster: ClusterConfig) -> None:

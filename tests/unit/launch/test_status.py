@@ -138,6 +138,19 @@ def test_states_by_hand(tmp_path: Path) -> None:
     assert look(write_run(tmp_path / "done", [], [FRESH], {0: (Verdict("done", 130), 1467.0)}), 1470.0).state == "DONE"
 
 
+@pytest.mark.parametrize(
+    ("verdict", "reason"),
+    [
+        (Verdict("done", 130, stage="short", follow=1), "attempt 0: stage short done"),
+        (Verdict("done", 130, stage="long"), "attempt 0: all steps done"),
+    ],
+    ids=["a stage", "the last"],
+)
+def test_the_last_end_of_a_run_with_stages(tmp_path: Path, verdict: Verdict, reason: str) -> None:
+    path = write_run(tmp_path / "run", [], [FRESH], {0: (verdict, 1467.0)})
+    assert look(path, 1470.0).reason == reason
+
+
 def test_a_job_that_ended_and_a_start_by_hand(tmp_path: Path) -> None:
     """What was started by hand is looked at, not the job before it."""
     later = replace(FRESH, attempt=1, since=5000.0, time=5001.0)

@@ -1,5 +1,6 @@
 """Where a stage ends: after its samples, or on a plateau."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +102,26 @@ def test_a_plateau(losses: list[float], flat: bool) -> None:
     assert is_flat(kept, PLATEAU) == flat and len(kept) <= 3
     best = [min(losses[:-2]), *losses[-2:]] if len(losses) > 2 else losses
     assert list(kept) == best
+
+
+@pytest.mark.parametrize(
+    ("losses", "flat"),
+    [
+        ([1.0, math.nan, 1.0], True),
+        ([1.0, math.nan, math.nan], True),
+        ([1.0, math.nan, 0.5], False),
+        ([math.nan, 1.0, 1.0], False),
+        ([math.nan, 1.0, 1.0, 1.0], True),
+        ([1.0, math.nan, 1.0, 1.0, 1.0], True),
+        ([math.nan, math.nan, math.nan], True),
+    ],
+)
+def test_what_is_no_number_is_no_improvement(losses: list[float], flat: bool) -> None:
+    """Wherever it stands: min(nan, 1) is nan and min(1, nan) is 1."""
+    kept: tuple[float, ...] = ()
+    for loss in losses:
+        kept = with_loss(kept, loss, PLATEAU)
+    assert is_flat(kept, PLATEAU) == flat
 
 
 def test_only_a_plateau_ends_early() -> None:

@@ -11,9 +11,9 @@ from curriculum import curriculum
 from tiny import recipe_tree
 
 from framework.checkpoint.manifest import Progress, progress_of
-from framework.checkpoint.stage import check_stages
+from framework.checkpoint.stage import check_stages, trained_recipe
 from framework.layers import apply_overrides
-from framework.recipe import Recipe, build_recipe, flatten, load_recipe, to_yaml
+from framework.recipe import Recipe, build_recipe, flatten, load_recipe, sample_bucket, to_yaml
 from framework.run import Resolved, Run, resolve_invocation, store_recipe
 from framework.stages.recipes import adopt_resolved, resolve_run, stage_recipe, stages_of
 
@@ -122,6 +122,30 @@ def test_refused(entries: list[dict[str, Any]], message: str) -> None:
         with_stages(*entries)
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("stages=images", "the recipe: stages=images must be a list of stages: stages: [{name: images, exit:"),
+        ("stages=null", "the recipe: stages=null must be a list"),
+        ("stages={name: a}", "the recipe: stages={'name': 'a'} must be a list"),
+        ("stages.1=null", "the recipe: stages.1=null must be a stage's keys: {name: images, exit: {steps: N}}; to"),
+        ("stages.0=x", "the recipe: stages.0=x must be a stage's keys"),
+        ("stages.0.exit=3", "stages[0] (image): exit=3 must be {steps: N}, {samples: N} or {plateau: {"),
+        ("stages.0.exit.plateau=3", "stages[0] (image): exit.plateau=3 must be {evaluations: N, min_improvement: X}"),
+    ],
+)
+def test_what_is_no_stage_is_refused(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        load(word)
+
+
+def test_a_file_whose_stages_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("stages: images\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}: stages=images must be a list")):
+        load_recipe(path, [])
+
+
 def test_steps_beside_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=r"train\.steps can't stand beside stages"):
         with_stages(STAGE, train={"steps": 5})
@@ -132,6 +156,19 @@ def test_a_plateau_with_validation() -> None:
     recipe = with_stages(STAGE | {"exit": leaving, "validation": {"every": 1, "shards": ["held"]}})
     assert str(stages_of(recipe)[0].exit) == "a plateau, at most 9 steps"
     assert stage_recipe(recipe, 0).train.steps == 9
+
+
+@pytest.mark.parametrize(("every", "steps", "possible"), [(2, 5, True), (2, 4, False), (9, 9, False)])
+def test_a_plateau_that_can_not_come(every: int, steps: int, possible: bool) -> None:
+    """In a run whose steps before are odd, validations every 2 are at the stage's steps 1, 3 and 5."""
+    leaving = {"plateau": {"evaluations": 2, "min_improvement": 0.01}, "steps": steps}
+    stage = STAGE | {"exit": leaving, "validation": {"every": every, "shards": ["held"]}}
+    if possible:
+        assert stage_recipe(with_stages(stage), 0).train.steps == steps
+        return
+    message = rf"plateau\.evaluations=2 at validation\.every={every} take more than the {steps} steps of the stage"
+    with pytest.raises(ValueError, match=message):
+        with_stages(stage)
 
 
 def test_auto_is_resolved_as_each_stage_begins() -> None:
@@ -261,3 +298,23 @@ def test_a_hand_over() -> None:
     )
     assert after.data_step - after.stage_data == 0
     assert progress_of({"step": 3, "evaluations": [1.0, 2.0]}).evaluations == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("progress", "clip"),
+    [
+        (Progress(step=2), "1x16x16"),
+        (AT_ITS_START, "1x16x16"),
+        (BEGUN, "5x16x16"),
+        (Progress(step=12, stage=4, stage_step=12), "17x16x16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_checkpoint_is_of_the_stage_that_it_was_trained_in(stored: Recipe, progress: Progress, clip: str) -> None:
+    """At a stage's end, and so of a finished run, that is not the one which goes on from it."""
+    assert sample_bucket(trained_recipe(stored, progress)).name == clip
+
+
+def test_a_checkpoint_of_a_run_without_stages() -> None:
+    plain = build_recipe(recipe_tree(Path("latents"), Path("run")))
+    assert trained_recipe(plain, Progress(step=3)) == plain
