@@ -142,9 +142,11 @@ def zeros(recipe: Recipe, hardware: Hardware, shape: MeshShape) -> list[ZeroConf
     """Engines and stages that can keep the recipe's precision."""
     ranks, found = shape.dp * shape.cp, []
     inside = hardware.network.domain // shape.tp
-    parts: list[int | Literal["all"]] = ["all"]
-    if 1 < inside < ranks and ranks % inside == 0:
-        parts.append(inside)
+    sizes = {inside} if recipe.zero.partition == "all" else {inside, recipe.zero.partition}
+    parts: list[int | Literal["all"]] = [
+        "all",
+        *sorted(size for size in sizes if 1 < size < ranks and ranks % size == 0),
+    ]
     for (engine, stage), partition in product(ENGINES, parts):
         with suppress(ValueError):  # what the engine refuses isn't a layout
             zero = replace(recipe.zero, engine=engine, stage=stage, partition=partition, offload="none")

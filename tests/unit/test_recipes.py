@@ -99,7 +99,7 @@ def test_parameters_by_formula_are_those_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in WHOLE if name != "twins/cpu.yaml"])
 def test_every_stage_is_planned_for_its_hardware_and_fits(name: str) -> None:
     recipe = load(name)
-    described = "H100 80 GB" if name in CLUSTER else "2 CPU cores"
+    described = "H100 80 GB" if name in CLUSTER else "CPU core"
     assert described in ALL[name].read_text() and recipe.hardware.name == {"H100 80 GB": "h100"}.get(described, "cpu")
     hardware = load_hardware(recipe.hardware.name)
     for part in parts_of(recipe):
