@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from framework import log
+from framework.data.budget import with_steps
 from framework.environment import gpu_name
 from framework.forecast.forecast import Forecast, forecast
 from framework.forecast.search import search
@@ -53,7 +54,8 @@ def plan(
     wanted = gpus if gpus is not None else loaded.hardware.gpus or None
     if wanted is not None and wanted < 1:
         raise ValueError(f"--gpus {wanted} must be at least 1")
-    parts = [(stage.name, stage_recipe(loaded, stage.index)) for stage in stages_of(loaded)] or [("", loaded)]
+    stages = [(stage.name, with_steps(stage_recipe(loaded, stage.index), stage.exit)) for stage in stages_of(loaded)]
+    parts = stages or [("", loaded)]
     if find:
         lines, plain = ranked(parts, hardware, wanted)
     else:
