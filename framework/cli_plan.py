@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from framework import log
+from framework.data.budget import with_steps
 from framework.environment import gpu_name
 from framework.forecast.forecast import VERSION, Forecast, forecast
 from framework.forecast.search import search
@@ -54,7 +55,10 @@ def plan(
     if gpus is not None and gpus < 1:
         raise ValueError(f"--gpus {gpus} must be at least 1")
     loaded = load_recipe(recipe, overrides or [])
-    parts = [Part(stage.index, stage.name, stage_recipe(loaded, stage.index)) for stage in stages_of(loaded)]
+    parts = [
+        Part(stage.index, stage.name, with_steps(stage_recipe(loaded, stage.index), stage.exit))
+        for stage in stages_of(loaded)
+    ]
     lines, plain, refusal = (ranked if find else planned)(parts or [Part(None, "", loaded)], gpu or "", gpus)
     for text in [json_.dumps(plain)] if json else lines:
         log.line(text)

@@ -17,13 +17,14 @@ packing different buckets next to each other for this reason: a pack is as slow 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from framework.models.config import training_cost
 from framework.plan.bucket import bucket_pairs
 from framework.plan.flops import step_flops
 from framework.recipe import Recipe, bucket_timesteps, bucket_tokens
 from framework.shapes import divisors
+from framework.stages.config import ExitConfig
 from framework.text.config import text_length
 
 # Where the rounded sizes may lie: the budget is moved by up to a factor of two either way, in steps of a sixteenth.
@@ -87,6 +88,16 @@ def plan_batches(recipe: Recipe) -> Batches:
     costs = sample_costs(recipe)
     weights = [bucket.weight for bucket in data.buckets]
     return batch_sizes(costs, weights, reference=data.global_batch // data.rounds, spread=data.spread)
+
+
+def with_steps(recipe: Recipe, leaving: ExitConfig) -> Recipe:
+    """The recipe of a stage that ends after its samples, with the steps that these take on average: `stage_tree`, which
+    doesn't know the buckets' batches, takes global_batch for the samples of a step.
+    """
+    if leaving.samples is None:
+        return recipe
+    steps = math.ceil(round(leaving.samples / (plan_batches(recipe).mean * recipe.data.rounds), 6))
+    return replace(recipe, train=replace(recipe.train, steps=steps))
 
 
 def sample_costs(recipe: Recipe) -> list[float]:

@@ -15,6 +15,7 @@ from framework.checkpoint.find import store_of
 from framework.checkpoint.manifest import Progress
 from framework.checkpoint.save import Saver
 from framework.data.buckets import streams_of
+from framework.data.budget import with_steps
 from framework.data.schedule import Work
 from framework.ema import Ema
 from framework.environment import Environment, StopFlag
@@ -56,7 +57,7 @@ def train(
     stop = stop or StopFlag()
     heart = heart or Heart(begin=process_began(), writes=env.is_first)
     heart.enter("init")
-    resolved = resolve_run(invocation.recipe, stage)
+    resolved = resolve_run(invocation.recipe, stage, with_steps)
     stages = stages_of(resolved)
     recipe = build.settle(recipe_at(resolved, stage), env)
     mesh = build.open_mesh(recipe, env)

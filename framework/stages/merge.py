@@ -134,7 +134,7 @@ def stage_tree(plain: Tree, stage: Stage) -> Tree:
     if most is None:
         assert stage.exit.samples is not None
         batch = section(tree, "data").get("global_batch")
-        # About, where buckets have batches of their own; what isn't a number is refused by its type.
+        # About, where buckets have batches of their own (data/budget.py, with_steps); no number is refused by its type.
         most = math.ceil(stage.exit.samples / (batch if isinstance(batch, int) and batch > 0 else 1))
     if isinstance(tree.get("train", {}), dict):
         tree["train"] = section(tree, "train") | {"steps": most}

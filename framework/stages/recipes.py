@@ -1,11 +1,13 @@
 """The recipes of a run's stages, and what `auto` stood for when each began."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from framework.layers import Tree
 from framework.recipe import Recipe, build_recipe, resolve_auto, to_tree
+from framework.stages.config import ExitConfig
 from framework.stages.merge import Stage, build_stage, read_stages
 
 # Section and name of what `resolve_auto` resolves.
@@ -27,14 +29,16 @@ def recipe_at(recipe: Recipe, index: int | None) -> Recipe:
     return recipe if index is None else stage_recipe(recipe, index)
 
 
-def resolve_run(recipe: Recipe, index: int | None) -> Recipe:
-    """Resolve every `auto` that a later attempt must not choose otherwise, of the stages up to the one that begins."""
+def resolve_run(recipe: Recipe, index: int | None, with_steps: Callable[[Recipe, ExitConfig], Recipe]) -> Recipe:
+    """Resolve every `auto` that a later attempt must not choose otherwise, of the stages up to the one that begins.
+    with_steps: data/budget.py, the length of a stage.
+    """
     if index is None:
         return resolve_auto(recipe)
-    entries = copy.deepcopy(recipe.stages)
+    entries, stages = copy.deepcopy(recipe.stages), stages_of(recipe)
     for entry, number in zip(entries, range(index + 1), strict=False):
         if autos := autos_of(recipe, entry):
-            resolved = resolve_auto(stage_recipe(recipe, number))
+            resolved = resolve_auto(with_steps(stage_recipe(recipe, number), stages[number].exit))
             for section, name in autos:
                 pin(entry, section, name, getattr(getattr(resolved, section), name))
     return replace(recipe, stages=entries)

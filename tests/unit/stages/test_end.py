@@ -9,6 +9,7 @@ from tiny import recipe_tree, write_latents
 
 from framework.checkpoint.manifest import Progress
 from framework.data.buckets import streams_of
+from framework.data.budget import with_steps
 from framework.layers import apply_overrides
 from framework.parallel.mesh import lone_mesh
 from framework.programs import build
@@ -17,6 +18,7 @@ from framework.recipe import Recipe, build_recipe
 from framework.shapes import ClipShape
 from framework.stages.config import ExitConfig, PlateauConfig
 from framework.stages.merge import Stage
+from framework.stages.recipes import resolve_run
 
 
 def tiny(shards: Path) -> Recipe:
@@ -62,6 +64,21 @@ def test_steps_of_unlike_buckets_are_counted(tiny_shards: Path, tmp_path: Path) 
         wanted = next(number for number in range(40) if sum(each[2 : 2 + number]) >= total)
         assert last_step(recipe, stage, left_out, schedule) == 14 + wanted
     assert [schedule.samples(done) for done in range(5)] == [sum(each[:done]) for done in range(5)]
+
+
+def test_the_steps_of_a_stage_of_samples_are_those_of_its_buckets(tiny_shards: Path, tmp_path: Path) -> None:
+    """Draws of 44 and 11 samples, four of the small ones to one of the large: 17.6 a step on average, not 11."""
+    long = write_latents(tmp_path / "long", clip=ClipShape(17, 64, 64), prefix="long")
+    words = [f"data.streams=[{{path: {tiny_shards}}}, {{path: {long}}}]", "data.global_batch=11"]
+    words.append("data.buckets=[{frames: 5, height: 16, width: 16}, {frames: 17, height: 64, width: 64}]")
+    recipe = build_recipe(apply_overrides(recipe_tree(tiny_shards, Path("run")), words))
+    assert with_steps(recipe, ExitConfig(samples=8800)).train.steps == 500
+    assert with_steps(recipe, ExitConfig(samples=8801)).train.steps == 501
+    assert with_steps(recipe, ExitConfig(steps=4)) == recipe
+    schedule = build.build_schedule(recipe, streams_of(recipe), [lone_mesh()] * 2)
+    assert schedule.steps_for(8800, 0) == pytest.approx(500, rel=0.1)
+    staged = replace(recipe, stages=[{"name": "a", "exit": {"samples": 8800}}])
+    assert resolve_run(staged, 0, with_steps).stages[0]["optimizer"] == {"decay_steps": 500}
 
 
 def test_each_stage_has_an_order_of_its_own(tiny_shards: Path) -> None:

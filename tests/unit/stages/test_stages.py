@@ -12,6 +12,7 @@ from tiny import recipe_tree
 
 from framework.checkpoint.manifest import Progress, progress_of
 from framework.checkpoint.stage import check_stages, trained_recipe
+from framework.data.budget import with_steps
 from framework.layers import apply_overrides
 from framework.recipe import Recipe, build_recipe, flatten, load_recipe, sample_bucket, to_yaml
 from framework.run import Resolved, Run, resolve_invocation, store_recipe
@@ -175,12 +176,12 @@ def test_auto_is_resolved_as_each_stage_begins() -> None:
     """And then stays: a longer stage keeps its schedule, and one that hasn't begun gets its own."""
     recipe = load()
     assert recipe.optimizer.decay_steps == "auto"
-    second = resolve_run(recipe, 1)
+    second = resolve_run(recipe, 1, with_steps)
     decays = [stage_recipe(second, i).optimizer.decay_steps for i in range(4)]
     assert decays == [3, 3, "auto", "auto"]
     assert stage_recipe(second, 1).attention.kernel == "aten" and stage_recipe(second, 2).attention.kernel == "auto"
     longer = adopt_resolved(load("stages.0.exit.steps=7", "stages.2.exit.steps=8"), second)
-    assert [stage_recipe(resolve_run(longer, 3), i).optimizer.decay_steps for i in range(4)] == [3, 3, 8, 3]
+    assert [stage_recipe(resolve_run(longer, 3, with_steps), i).optimizer.decay_steps for i in range(4)] == [3, 3, 8, 3]
 
 
 # In the second stage: 2 of its 3 steps are done, 8 of its 10 samples.
@@ -191,7 +192,7 @@ AT_ITS_START = Progress(step=3, samples=12, stage=1, stage_step=3, stage_samples
 @pytest.fixture(scope="module")
 def stored() -> Recipe:
     """Of a run in its second stage."""
-    return resolve_run(load(), 1)
+    return resolve_run(load(), 1, with_steps)
 
 
 def change(stored: Recipe, progress: Progress, *words: str) -> None:
@@ -271,12 +272,12 @@ def test_the_run_keeps_its_stages(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", 0)
     run.attempt_path.mkdir(parents=True)
     first = resolve_invocation(path, [])
-    store_recipe(run, resolve_run(first.recipe, 1), (), dp=2, stage=1)
+    store_recipe(run, resolve_run(first.recipe, 1, with_steps), (), dp=2, stage=1)
     attempt = load_recipe(run.attempt_path / "recipe.yaml", [])
     assert (attempt.stages, attempt.mesh.dp, attempt.optimizer.lr, attempt.train.steps) == ([], 2, 5e-4, 3)
     again = resolve_invocation(path, [])
     assert again.notes == () and again.stored == load_recipe(run.path / "recipe.yaml", [])
-    assert resolve_run(again.recipe, 1) == again.stored
+    assert resolve_run(again.recipe, 1, with_steps) == again.stored
     with pytest.raises(ValueError, match="began with stages"):
         resolve_invocation(path, ["stages=[]"])
 
