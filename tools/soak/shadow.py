@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import light
@@ -19,6 +20,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 FOLDER: Final = re.compile(r"step-(\d{8})-(\d{4})/(.+)")
 START: Final = re.compile(r"fence/(\d{4})-start\.json")
+# The progress of a run without bad updates and without stages, beside its counts.
+NOTHING_ELSE: Final = MappingProxyType(
+    {"bad_steps": 0, "skipped": [], "norms": [], "evaluations": []}
+    | dict.fromkeys(("stage", "stage_step", "stage_samples", "stage_data"), 0)
+)
 Entry = tuple[int, int]  # step, attempt
 
 
@@ -128,7 +134,7 @@ def scan(objects: Objects) -> Scan:
                 raise Violation(f"{folder} is committed, {path} has {sizes.get(path)} bytes, not {stored['size']}")
         progress = manifest["progress"]
         done = {"step": step, "samples": 4 * step, "tokens": 100 * step, "updates": step}
-        if progress != done | {"bad_steps": 0, "skipped": [], "norms": []}:
+        if progress != done | NOTHING_ELSE:
             raise Violation(f"{folder} has the progress {progress}")
         manifests[step, attempt] = manifest
     others = [name for name in sizes if not FOLDER.fullmatch(name)]
