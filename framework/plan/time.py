@@ -24,7 +24,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
+from framework.models.config import NO_ADAPTERS
 from framework.parallel.config import MeshShape, split_shape
+from framework.plan.activations import activation_bytes
 from framework.plan.bucket import bucket_flops
 from framework.plan.computing import Compute, attention_rates, compute_of, optimizer_seconds, slowdown
 from framework.plan.hardware import Attention, Hardware
@@ -64,12 +66,23 @@ class Exchange:
 
 # Of StepTime, what adds up over steps.
 EXCHANGES: Final = ("tp", "ulysses", "ring", "zero")
-SUMMED: Final = ("linears", "attention", "elementwise", "recompute", *EXCHANGES, "optimizer", "overhead", "model_flops")
+SUMMED: Final = (
+    "linears",
+    "attention",
+    "elementwise",
+    "recompute",
+    *EXCHANGES,
+    "offload",
+    "optimizer",
+    "overhead",
+    "model_flops",
+)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by part. elementwise: what is neither a linear nor attention. optimizer: update, EMA and copies
+    """Seconds of a step by part. elementwise: what is neither a linear nor attention.
+    offload: of activations on their way to the host and back, what nothing hides. optimizer: update, EMA and copies
     of gradients. overhead: of the host, and of a step's few scalars. model_flops: of all ranks, by plan/flops.py.
     peak: FLOP/s of one device that MFU is counted against, None where it isn't known.
     """
@@ -82,6 +95,7 @@ class StepTime:
     ulysses: Exchange
     ring: Exchange
     zero: Exchange
+    offload: float
     optimizer: float
     overhead: float
     model_flops: float
@@ -108,7 +122,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """Seconds of the step."""
-        return self.computing + self.exposed + self.optimizer + self.overhead
+        return self.computing + self.exposed + self.offload + self.optimizer + self.overhead
 
     def parts(self) -> dict[str, float]:
         """Seconds by part, of exchanges those that nothing hides; their sum is the total."""
@@ -141,11 +155,13 @@ def step_time(
     weights, kinds = weights or weights_of(recipe, shape.tp), Counter(micros)
     rates = attention_rates(recipe, hardware)
     compute, flops = Compute(), 0.0
-    tp, ulysses, ring = Exchange(), Exchange(), Exchange()
+    tp, ulysses, ring, offload = Exchange(), Exchange(), Exchange(), 0.0
     for micro, count in kinds.items():
         degrees = split_shape(shape, *bucket_degrees(recipe, micro.bucket))
         work, own = block_work(recipe, degrees, micro), micro_sent(recipe, shape, micro, weights)
-        compute = compute.plus(compute_of(recipe, hardware, work, rates, weights), count)
+        own_compute = compute_of(recipe, hardware, work, rates, weights)
+        compute = compute.plus(own_compute, count)
+        offload += offload_seconds(recipe, shape, hardware, micro, own_compute) * count
         tp += waited(own, "tp", hardware, group_place(degrees.tp, 1, shape, hardware)) * count
         place = group_place(degrees.ulysses, degrees.tp, shape, hardware)
         ulysses += waited(own, "ulysses", hardware, place) * count
@@ -153,7 +169,7 @@ def step_time(
         flops += float(bucket_flops(recipe, micro.bucket).total) * micro.samples * degrees.dp * count
     zero = zero_exchange(recipe, shape, hardware, weights, compute, len(micros))
     optimizer = optimizer_seconds(recipe, shape, hardware, weights, len(micros))
-    busy = compute.total + tp.exposed + ulysses.exposed + ring.exposed + zero.exposed + optimizer
+    busy = compute.total + tp.exposed + ulysses.exposed + ring.exposed + zero.exposed + offload + optimizer
     slow = slowdown(shape, hardware)
     return StepTime(
         linears=compute.linears * slow,
@@ -164,6 +180,7 @@ def step_time(
         ulysses=ulysses * slow,
         ring=ring * slow,
         zero=zero * slow,
+        offload=offload * slow,
         optimizer=optimizer * slow,
         overhead=overhead_seconds(shape, hardware, compute.kernels, busy) * slow,
         model_flops=flops,
@@ -243,6 +260,16 @@ def zero_exchange(
     else:
         hidden = 0.0
     return Exchange(gather + reduce, gather + reduce - network.overlap * hidden)
+
+
+def offload_seconds(recipe: Recipe, shape: MeshShape, hardware: Hardware, micro: MicroShape, compute: Compute) -> float:
+    """Of activations on their way to the host, beside the forward, and back, beside the backward: what is left over."""
+    if not recipe.execution.offload:
+        return 0.0
+    trains_all = replace(recipe, lora=NO_ADAPTERS, train=replace(recipe.train, trainable=[]))
+    way = activation_bytes(trains_all, shape, micro).host / hardware.device.host_bandwidth
+    hides = hardware.network.overlap
+    return max(0.0, way - hides * compute.forward) + max(0.0, way - hides * compute.backward)
 
 
 def overhead_seconds(shape: MeshShape, hardware: Hardware, kernels: float, busy: float) -> float:

@@ -5,6 +5,7 @@ of 32 numbers; 32 sinusoids.
 """
 
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from framework.plan.traffic import MicroShape, own_ledger
 from framework.plan.work import block_kernels
 from framework.plan.zero_traffic import engine_traffic
 from framework.recipe import Recipe, load_recipe
+
+WAN = Path(__file__).parents[3] / "recipes" / "wan2.1-14b.yaml"
 
 MICRO = MicroShape(0, 1, text=16)
 
@@ -249,3 +252,20 @@ def test_a_missing_rate_is_named(tmp_path: Path) -> None:
         predicted(tmp_path, MeshShape(1, 1, 1, 1), machine(), "precision.parameters=bfloat16")
     with pytest.raises(ValueError, match=r"device.attention.reference isn't described for made, only aten"):
         predicted(tmp_path, MeshShape(1, 1, 1, 1), machine(), "attention.kernel=reference")
+
+
+def test_activations_on_their_way_to_the_host_cost_what_nothing_hides() -> None:
+    """With a link to the host so slow that a forward hides next to nothing: bytes there, and bytes back."""
+    words = ["execution.recompute=all", "data.micro_batch=1"]
+    recipe = load_recipe(WAN, words)
+    away = load_recipe(WAN, [*words, "execution.offload=true"])
+    shape, micro = MeshShape(16, 1, 4, 2), MicroShape(0, 1, 512)
+    h100 = load_hardware("h100")
+    slow = replace(h100, device=replace(h100.device, host_bandwidth=1e9))
+    here, there = (step_time(each, shape, slow, [micro]) for each in (recipe, away))
+    # 40 blocks keep their input, 32,760 / 8 tokens of 5120 channels in two bytes.
+    way = 40 * 32_760 / 8 * 5120 * 2 / 1e9
+    hidden = there.computing * slow.network.overlap
+    assert here.offload == 0 and there.offload == pytest.approx(2 * way - hidden, rel=1e-9)
+    assert there.total == pytest.approx(here.total + there.offload)
+    assert step_time(away, shape, h100, [micro]).offload == 0, "at PCIe's speed a forward hides it"
