@@ -13,6 +13,7 @@ import mutations
 import torch
 import torch.distributed as dist
 from masked import FULL, mask_of, masked_attention, name_of
+from pool import run_ranks
 from torch import Tensor
 
 from framework.batch import Noised, Tokens
@@ -280,6 +281,17 @@ def run_cells(env: Environment, cells: list[Cell]) -> list[CellError]:
     """All cells of one world size, one after the other."""
     dist.init_process_group("gloo", rank=env.rank, world_size=env.world_size)
     return [run_cell(cell, env.rank) for cell in cells]
+
+
+def measured(chosen: list[Cell]) -> dict[Cell, CellError]:
+    """The largest error of each cell over its ranks; the ranks of each world size are started once."""
+    found: dict[Cell, CellError] = {}
+    for world_size in sorted({cell.mesh.world_size for cell in chosen}):
+        batch = [cell for cell in chosen if cell.mesh.world_size == world_size]
+        every_rank = run_ranks(run_cells, world_size, batch, timeout=400)
+        for index, cell in enumerate(batch):
+            found[cell] = max((rank[index] for rank in every_rank), key=lambda error: error.gradient)
+    return found
 
 
 def run_mutant(env: Environment, cell: Cell, mutation: str) -> CellError:

@@ -16,9 +16,8 @@ from framework.parallel.config import MeshShape
 from framework.plan.bucket import bucket_flops
 from framework.plan.hardware import Hardware
 from framework.plan.parameters import elements_of, parameter_shapes
-from framework.plan.sent import weights_of
+from framework.plan.sent import Weights, own_sent, weights_of
 from framework.plan.time import StepTime
-from framework.plan.traffic import own_ledger
 from framework.plan.zero_traffic import engine_traffic
 from framework.recipe import Recipe
 from framework.shapes import latent_shape
@@ -109,7 +108,7 @@ def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware, *, stage: str
             for draw in draws
         ),
         memory=memory_of(recipe, shape, hardware, draws, weights),
-        traffic=traffic_of(recipe, shape, draws),
+        traffic=traffic_of(recipe, shape, draws, weights),
         time=time,
         steps=recipe.train.steps,
         samples=samples,
@@ -145,13 +144,13 @@ def bucket_forecast(recipe: Recipe, draw: Draw, share: float, time: StepTime) ->
     )
 
 
-def traffic_of(recipe: Recipe, shape: MeshShape, draws: list[Draw]) -> dict[str, float]:
+def traffic_of(recipe: Recipe, shape: MeshShape, draws: list[Draw], weights: Weights) -> dict[str, float]:
     """Bytes that the first rank sends in a step, on average over the draws, by group."""
     found: defaultdict[str, float] = defaultdict(float)
     for draw in draws:
         micros = draw.micros * recipe.data.rounds
-        for (group, _), (_, sent) in own_ledger(recipe, shape, 0, micros).items():
-            found[group] += draw.share * float(sent)
+        for (group, _), (_, sent) in own_sent(recipe, shape, micros, weights).items():
+            found[group] += draw.share * sent
         found["zero"] += draw.share * float(engine_traffic(recipe, shape, 0, len(micros)).total)
     return {group: sent for group, sent in found.items() if sent}
 

@@ -85,11 +85,10 @@ def search(recipe: Recipe, hardware: Hardware, *, gpus: int) -> list[Layout]:
     nearest: Memory | None = None
     for shape in meshes(recipe, hardware, deal, gpus=gpus):
         meshed = with_mesh(recipe, shape)
-        for micro_batch, zero in product(micro_batches(deal, shape), zeros(recipe, hardware, shape)):
-            data = replace(meshed.data, micro_batch=micro_batch)
-            draws = draws_of(replace(meshed, data=data), shape, deal)
-            tried = replace(meshed, data=data, zero=zero)
-            fitting = first_that_fits(tried, shape, hardware, draws, weights[shape.tp])
+        sized = [replace(meshed, data=replace(meshed.data, micro_batch=size)) for size in micro_batches(deal, shape)]
+        drawn = [(each, draws_of(each, shape, deal)) for each in sized]
+        for (each, draws), zero in product(drawn, zeros(recipe, hardware, shape)):
+            fitting = first_that_fits(replace(each, zero=zero), shape, hardware, draws, weights[shape.tp])
             if isinstance(fitting, Layout):
                 found.append(replace(fitting, freed=freed))
             elif fitting is not None and (nearest is None or fitting.total < nearest.total):

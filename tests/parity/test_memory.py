@@ -3,7 +3,6 @@
 import cells
 import pytest
 from cells import Cell, CellError
-from pool import run_ranks
 
 from framework.parallel.config import MeshShape
 
@@ -37,14 +36,7 @@ CELLS = memory_cells()
 
 @pytest.fixture(scope="module")
 def results() -> dict[Cell, CellError]:
-    """All cells, the ranks of each world size started once."""
-    found: dict[Cell, CellError] = {}
-    for world_size in sorted({cell.mesh.world_size for cell in CELLS}):
-        batch = [cell for cell in CELLS if cell.mesh.world_size == world_size]
-        every_rank = run_ranks(cells.run_cells, world_size, batch, timeout=400)
-        for index, cell in enumerate(batch):
-            found[cell] = max((rank[index] for rank in every_rank), key=lambda error: error.gradient)
-    return found
+    return cells.measured(CELLS)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
