@@ -69,6 +69,8 @@ SCHEMA: Final = (
     Entry("network.across.latency.*", "seconds of a collective between domains, however few bytes"),
     Entry("network.across.hop.*", "seconds more for each step from domain to domain"),
     Entry("network.overlap", "share of hideable traffic that hides behind computing, 0 to 1", least=0),
+    Entry("network.skew", "of the time computed, what ranks wait for the slowest of them", least=0, required=False),
+    Entry("network.stretch", "seconds of computing between two exchanges, where skew was measured", required=False),
 )
 
 
@@ -119,6 +121,8 @@ class Network:
     inside: Link
     across: Link
     overlap: float
+    skew: float
+    stretch: float
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,8 @@ def network_of(values: dict[str, float]) -> Network:
         Link(*(MappingProxyType(table(values, f"network.{side}.{name}")) for name in ("bandwidth", "latency", "hop")))
         for side in ("inside", "across")
     )
-    return Network(int(values["network.domain"]), inside, across, values["network.overlap"])
+    skew, stretch = values.get("network.skew", 0.0), values.get("network.stretch", 0.0)
+    return Network(int(values["network.domain"]), inside, across, values["network.overlap"], skew, stretch)
 
 
 def rate(rates: Table, key: str, name: str) -> float:

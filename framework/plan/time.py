@@ -12,6 +12,8 @@ over a link (sent.py, links.py). What hides behind what follows from the code:
   DeepSpeed's stage 3 gathers ahead likewise. Its reductions, and the gathers of stages 1 and 2 at the step, don't
   overlap (`overlap_comm` is off, parallel/zero/deepspeed.py).
 * Of what could hide so, the share `network.overlap` does.
+* Ranks that compute alike don't come to an exchange at one time: all wait for the slowest, `network.skew` of the time
+  that they computed. Over longer stretches than `network.stretch` delays average out, with the root of the time.
 
 On a GPU the host runs ahead, so its launches count where they take longer than everything else; on a CPU they add up.
 Where LoRA or `train.trainable` freezes weights, bytes are exact but the backward's linears are scaled: by the share of
@@ -29,7 +31,7 @@ from framework.parallel.config import MeshShape, split_shape
 from framework.plan.activations import activation_bytes
 from framework.plan.bucket import bucket_flops
 from framework.plan.computing import Compute, attention_rates, compute_of, optimizer_seconds, slowdown
-from framework.plan.hardware import Attention, Hardware
+from framework.plan.hardware import Attention, Hardware, Network
 from framework.plan.links import Kind, Place, place_of, seconds
 from framework.plan.sent import Own, Weights, engine_sent, micro_sent, weights_of
 from framework.plan.traffic import MicroShape
@@ -48,6 +50,8 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "ring_gradients": "ring",
     }
 )
+
+GLOO_THREADS = 2  # of a process group (ProcessGroupGloo::Options)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ SUMMED: Final = (
     "offload",
     "optimizer",
     "overhead",
+    "skew",
     "model_flops",
 )
 
@@ -83,7 +88,8 @@ SUMMED: Final = (
 class StepTime:
     """Seconds of a step by part. elementwise: what is neither a linear nor attention.
     offload: of activations on their way to the host and back, what nothing hides. optimizer: update, EMA and copies
-    of gradients. overhead: of the host, and of a step's few scalars. model_flops: of all ranks, by plan/flops.py.
+    of gradients. overhead: of the host, and of a step's few scalars. skew: of waiting for slower ranks. model_flops: of
+    all ranks, by plan/flops.py.
     peak: FLOP/s of one device that MFU is counted against, None where it isn't known.
     """
 
@@ -98,6 +104,7 @@ class StepTime:
     offload: float
     optimizer: float
     overhead: float
+    skew: float
     model_flops: float
     ranks: int
     peak: float | None
@@ -122,7 +129,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """Seconds of the step."""
-        return self.computing + self.exposed + self.offload + self.optimizer + self.overhead
+        return self.computing + self.exposed + self.offload + self.optimizer + self.overhead + self.skew
 
     def parts(self) -> dict[str, float]:
         """Seconds by part, of exchanges those that nothing hides; their sum is the total."""
@@ -154,11 +161,12 @@ def step_time(
     """
     weights, kinds = weights or weights_of(recipe, shape.tp), Counter(micros)
     rates = attention_rates(recipe, hardware)
-    compute, flops = Compute(), 0.0
+    compute, flops, exchanges = Compute(), 0.0, 0.0
     tp, ulysses, ring, offload = Exchange(), Exchange(), Exchange(), 0.0
     for micro, count in kinds.items():
         degrees = split_shape(shape, *bucket_degrees(recipe, micro.bucket))
         work, own = block_work(recipe, degrees, micro), micro_sent(recipe, shape, micro, weights)
+        exchanges += count * sum(calls for calls, _ in own.values())
         own_compute = compute_of(recipe, hardware, work, rates, weights)
         compute = compute.plus(own_compute, count)
         offload += offload_seconds(recipe, shape, hardware, micro, own_compute) * count
@@ -171,6 +179,9 @@ def step_time(
     optimizer = optimizer_seconds(recipe, shape, hardware, weights, len(micros))
     busy = compute.total + tp.exposed + ulysses.exposed + ring.exposed + zero.exposed + offload + optimizer
     slow = slowdown(shape, hardware)
+    overhead = overhead_seconds(shape, hardware, compute.kernels, busy)
+    exchanges += sum(zero_calls(recipe, shape, hardware, weights, len(micros)).values())
+    skew = skew_seconds(hardware.network, compute.total + overhead, exchanges if shape.world_size > 1 else 0)
     return StepTime(
         linears=compute.linears * slow,
         attention=compute.attention * slow,
@@ -182,7 +193,8 @@ def step_time(
         zero=zero * slow,
         offload=offload * slow,
         optimizer=optimizer * slow,
-        overhead=overhead_seconds(shape, hardware, compute.kernels, busy) * slow,
+        overhead=overhead * slow,
+        skew=skew * slow,
         model_flops=flops,
         ranks=shape.world_size,
         peak=hardware.device.peak.get(recipe.precision.default.compute),
@@ -226,6 +238,34 @@ def ring_exchange(shape: MeshShape, hardware: Hardware, own: Own, flops: float, 
     return Exchange(total, total - network.overlap * (hidden + backwards * waits))
 
 
+def zero_calls(
+    recipe: Recipe, shape: MeshShape, hardware: Hardware, weights: Weights, num_micro: int
+) -> dict[Kind, float]:
+    """Collectives of the engine in a step, one after another."""
+    zero = recipe.zero
+    size = zero.partition_size(shape.dp * shape.cp)
+    buckets = -(-weights.trained // zero.bucket_size)
+    groups = recipe.model.num_layers + 1
+    if zero.engine == "fsdp2":
+        gathers = groups * (2 * num_micro if zero.stage == 3 else 1)
+        return {"all_gather": gathers, "reduce_scatter": groups * num_micro, "all_reduce": groups}
+    if zero.stage == 3:
+        # What persists is gathered after the update, all at once, of which gloo runs two at a time; the others where
+        # they are used.
+        kept = sum(times for p, times in weights.parts if p.elements <= zero.persistence)
+        gathers = kept / (GLOO_THREADS if hardware.device.kind == "cpu" else 1) + (weights.count - kept) * 2 * num_micro
+        return {"all_gather": gathers, "reduce_scatter": buckets * num_micro}
+    # A bucket is reduced to the ranks whose parts lie in it.
+    return {"all_gather": buckets + 1, "reduce": (buckets + size - 1) * (1 if zero.stage == 1 else num_micro)}
+
+
+def skew_seconds(network: Network, computed: float, exchanges: float) -> float:
+    """What ranks wait for the slowest at so many exchanges."""
+    if not exchanges:
+        return 0.0
+    return network.skew * computed * min(1.0, (network.stretch * exchanges / computed) ** 0.5)
+
+
 def zero_exchange(
     recipe: Recipe, shape: MeshShape, hardware: Hardware, weights: Weights, compute: Compute, num_micro: int
 ) -> Exchange:
@@ -235,22 +275,13 @@ def zero_exchange(
     inside = group_place(size, shape.tp, shape, hardware)
     across = group_place(ranks // size, shape.tp * size, shape, hardware)
     sent, network = engine_sent(recipe, shape, num_micro, weights), hardware.network
-    buckets = -(-weights.trained // zero.bucket_size)
-    groups = recipe.model.num_layers + 1
-    if zero.engine == "fsdp2":
-        calls = {"all_gather": groups * (2 * num_micro if zero.stage == 3 else 1)}
-        calls |= {"reduce_scatter": groups * num_micro, "all_reduce": groups}
-    elif zero.stage == 3:
-        modules = sum(times for p, times in weights.parts if p.elements > zero.persistence) or weights.count
-        calls = {"all_gather": 1 + 2 * num_micro * modules, "reduce_scatter": buckets * num_micro}
-    else:
-        calls = {"all_gather": buckets + 1, "reduce": (buckets + 2 * size) * (1 if zero.stage == 1 else num_micro)}
+    calls = zero_calls(recipe, shape, hardware, weights, num_micro)
     gather = seconds(network, inside, "all_gather", calls["all_gather"], sent["all_gather"])
     reductions = {name: sent[name] for name in ("reduce", "reduce_scatter") if name in sent}
     reduce = sum(seconds(network, inside, name, calls[name], sent[name]) for name in reductions)
     reduce += seconds(network, across, "all_reduce", calls.get("all_reduce", 0), sent.get("all_reduce", 0.0))
     # The first group of a pass has nothing before it to hide behind.
-    rest = recipe.model.num_layers / groups
+    rest = recipe.model.num_layers / (recipe.model.num_layers + 1)
     if zero.engine == "fsdp2":
         there = gather / 2 if zero.stage == 3 else gather
         window = compute.forward / (1 if zero.stage == 3 else num_micro)  # stage 2 gathers in the first micro-batch

@@ -30,10 +30,10 @@ FUSED = 0.4
 KERNELS = 50  # of a block's forward, counted as operations that torch dispatches, views left out
 CASTS = 30  # more of them where norms and modulation compute in a wider dtype
 MODEL_KERNELS = 36  # of a micro-batch's forward around the blocks, noise and loss included
-# A parameter's gradient on its way through an engine, for each micro-batch: counted for FSDP2; for DeepSpeed's hooks in
-# Python the processor time of a step beyond FSDP2's, in kernels.
+# A parameter's gradient on its way through an engine's hooks, for each micro-batch: the processor time of a micro-batch
+# beyond its blocks', in kernels.
 PARAMETER_KERNELS: Final[Mapping[tuple[str, int], int]] = MappingProxyType(
-    {("fsdp2", 2): 2, ("fsdp2", 3): 2, ("deepspeed", 1): 5, ("deepspeed", 2): 5, ("deepspeed", 3): 18}
+    {("fsdp2", 2): 4, ("fsdp2", 3): 5, ("deepspeed", 1): 1, ("deepspeed", 2): 3, ("deepspeed", 3): 10}
 )
 BACKWARD_BYTES = 2
 BACKWARD_KERNELS = 2  # times the forward's: 129 in float32, 160 in bfloat16

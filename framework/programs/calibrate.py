@@ -4,9 +4,9 @@ Where there is no GPU, ranks share the machine's cores: devices are measured by 
 each, and what all ranks do together is divided by how many take turns on a core, as time.py will multiply it by that.
 
 A collective's seconds are latency + steps hop + bytes / bandwidth (plan/links.py), from a small and a large tensor in
-groups of two ranks and of all. The host's part is what is left of a small model's real steps, of one micro-batch and of
-three, when everything else is taken from them: `device.launch` from their difference (on a GPU, whose host runs ahead,
-from a block of few tokens), `device.step` from the first.
+groups of two ranks and of all (link_rates.py). The host's part is what is left of a small model's real steps, of one
+micro-batch and of three, when everything else is taken from them: `device.launch` from their difference (on a GPU,
+whose host runs ahead, from a block of few tokens), `device.step` from the first.
 """
 
 import datetime
@@ -15,60 +15,40 @@ import platform
 import socket
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from framework.batch import Condition, Noised
 from framework.ema import Ema
 from framework.environment import Environment
 from framework.models.patchify import patchify
 from framework.parallel.collectives import (
-    all_gather_tokens,
-    all_reduce_sum,
-    all_to_all,
     barrier,
-    gather_floats,
-    reduce_scatter_tokens,
-    ring_exchange,
 )
 from framework.parallel.config import MeshShape
 from framework.parallel.context_parallel.tokens import split_tokens
-from framework.parallel.mesh import Group, Mesh
+from framework.parallel.mesh import Mesh
 from framework.plan.computing import slowdown
 from framework.plan.hardware import read_hardware
-from framework.plan.links import Kind, steps
+from framework.plan.links import Kind
 from framework.plan.sent import weights_of
 from framework.plan.time import step_time
 from framework.plan.traffic import MicroShape
 from framework.plan.work import micro_kernels
 from framework.programs import build
+from framework.programs.link_rates import LinkTimes, calls_of, link_times, measure_overlap, measure_skew
 from framework.programs.rates import Rates, measure_rates, wait
 from framework.recipe import Recipe, build_recipe, resolve_auto
 from framework.shapes import latent_shape
 from framework.tokenizer.config import tokenizer_strides
 
-SMALL = 1 << 12  # bytes of a tensor; 64 times as many on a GPU's link
-LARGE = 1 << 22
-REPEATS = 15
-STEPS = 12  # of the small model; the first four aren't counted
+STEPS = 28  # of the small model; the first four aren't counted
 MICROS = (1, 3)  # micro-batches of its steps
 TEXT = 32
 Leaf = dict[str, object]
-
-
-@dataclass(frozen=True)
-class LinkTimes:
-    """Of one kind of collective, seconds and bytes/s. hop: for each rank beyond two."""
-
-    latency: float
-    hop: float
-    bandwidth: float
 
 
 def calibrate(env: Environment, out: Path) -> None:
@@ -86,16 +66,16 @@ def calibrate(env: Environment, out: Path) -> None:
     rates = measure_rates(device, kernel) if env.rank < busy else None
     barrier(mesh.control)
     measured = {kind: link_times(kind, mesh, turns, device) for kind in calls_of(mesh.world)}
-    overlap = measure_overlap(mesh, device)
+    shares = {"overlap": measure_overlap(mesh, device), **measure_skew(mesh, turns, device)}
     spent = [real_step(recipe, mesh, env, num_micro) for num_micro in MICROS]
     if env.is_first:
         assert rates is not None
         launch, step = rates.block.launch, 0.0
         for _ in range(1 if device.type == "cuda" else 3):  # bandwidth follows from launch, and the other way round
-            tree = describe(rates, measured, overlap, ranks=env.world_size, launch=launch, step=step)
+            tree = describe(rates, measured, shares, ranks=env.world_size, launch=launch, step=step)
             found = host_seconds(recipe, mesh.shape, tree, spent)
             launch, step = (launch if device.type == "cuda" else found[0]), found[1]
-        tree = describe(rates, measured, overlap, ranks=env.world_size, launch=launch, step=step)
+        tree = describe(rates, measured, shares, ranks=env.world_size, launch=launch, step=step)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(yaml.safe_dump(tree, sort_keys=False, width=120))
         read_hardware(tree, out)
@@ -135,97 +115,6 @@ def small_recipe(ranks: int) -> Recipe:
             "data": {"streams": [{"path": "none"}], "buckets": [{"frames": 17, "height": 128, "width": 96}]},
         }
     )
-
-
-def calls_of(group: Group) -> dict[Kind, Callable[[Tensor, Group], object]]:
-    """Collectives on a flat tensor of the rank's own, by kind."""
-
-    def exchange(flat: Tensor, group: Group) -> object:
-        part = flat.numel() // group.size
-        return all_to_all(flat, [part] * group.size, [part] * group.size, group, "calibrate")
-
-    return {
-        "all_gather": lambda flat, g: all_gather_tokens(flat.view(g.size, -1)[:1].unsqueeze(0), g, "calibrate"),
-        "reduce_scatter": lambda flat, g: reduce_scatter_tokens(flat.view(1, g.size, -1), g, "calibrate"),
-        "all_reduce": lambda flat, g: all_reduce_sum(flat, g, "calibrate").wait(),
-        "all_to_all": exchange,
-        "ring": lambda flat, g: ring_exchange(flat, g, "calibrate")(),
-    }
-
-
-def sent_of(kind: Kind, num_bytes: int, size: int) -> float:
-    """Bytes that a rank sends of a tensor."""
-    share = (size - 1) / size
-    return num_bytes * {"all_reduce": 2 * share, "ring": 1.0}.get(kind, share)
-
-
-def link_times(kind: Kind, mesh: Mesh, turns: float, device: torch.device) -> LinkTimes:
-    """Of a kind of collective, in pairs of ranks alone on the machine, and among all ranks. A collective."""
-    call = calls_of(mesh.world)[kind]
-    scale = 64 if device.type == "cuda" else 1
-    found: dict[tuple[int, int], float] = {}
-    for group, alone in ((mesh.ulysses, True), (mesh.world, False)):
-        for num_bytes in (SMALL * scale, LARGE * scale):
-            flat = torch.ones(num_bytes // 4 // group.size * group.size, device=device)
-            barrier(mesh.control)
-            mine = not alone or mesh.rank in (0, 1)
-            spent = median_seconds(lambda f=flat, g=group: call(f, g), device) if mine else 0.0  # type: ignore[misc]
-            spent = max(each for (each,) in gather_floats([spent], mesh.control))
-            found.setdefault((group.size, num_bytes), spent / (1.0 if alone else turns))
-    size, few, many = mesh.world.size, SMALL * scale, LARGE * scale
-    bandwidths = [
-        sent_of(kind, many - few, n) / max(1e-9, found[n, many] - found[n, few]) for n in dict.fromkeys((2, size))
-    ]
-    bandwidth = statistics.harmonic_mean(bandwidths)
-    latencies = {n: max(1e-7, found[n, few] - sent_of(kind, few, n) / bandwidth) for n in (2, size)}
-    more = steps(kind, size) - steps(kind, 2)
-    hop = max(1e-7, (latencies[size] - latencies[2]) / more) if more else 1e-7
-    return LinkTimes(max(1e-7, latencies[2] - hop * steps(kind, 2)), hop, bandwidth)
-
-
-def median_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of a call that all ranks of a group make together."""
-    call()
-    found = []
-    for _ in range(REPEATS):
-        wait(device)
-        begin = time.perf_counter()
-        call()
-        wait(device)
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
-
-
-def measure_overlap(mesh: Mesh, device: torch.device) -> float:
-    """Share of a ring exchange that hides behind matrix products which take as long. A collective."""
-    flat = torch.ones(LARGE * (64 if device.type == "cuda" else 1) // 4, device=device)
-    side = 4096 if device.type == "cuda" else 384
-    a = torch.randn(side, side, device=device)
-
-    def exchange() -> None:
-        ring_exchange(flat, mesh.world, "calibrate")()
-
-    barrier(mesh.control)
-    message = median_seconds(exchange, device)
-    one = median_seconds(lambda: torch.mm(a, a), device)
-    (message, one) = (max(each) for each in zip(*gather_floats([message, one], mesh.control), strict=True))
-    count = max(1, round(message / one))
-
-    def products() -> None:
-        for _ in range(count):
-            torch.mm(a, a)
-
-    def both() -> None:
-        receive = ring_exchange(flat, mesh.world, "calibrate")
-        products()
-        receive()
-
-    barrier(mesh.control)
-    times = [median_seconds(each, device) for each in (exchange, products, both)]
-    spent, computed, together = (
-        statistics.median(each) for each in zip(*gather_floats(times, mesh.control), strict=True)
-    )
-    return min(1.0, max(0.0, (spent + computed - together) / min(spent, computed)))
 
 
 def real_step(recipe: Recipe, mesh: Mesh, env: Environment, num_micro: int) -> float:
@@ -285,7 +174,7 @@ def source() -> str:
 
 
 def describe(
-    rates: Rates, links: dict[Kind, LinkTimes], overlap: float, *, ranks: int, launch: float, step: float
+    rates: Rates, links: dict[Kind, LinkTimes], shares: dict[str, float], *, ranks: int, launch: float, step: float
 ) -> dict[str, Any]:
     """The description as a plain tree."""
     here, on_gpu = source(), torch.cuda.is_available()
@@ -321,7 +210,7 @@ def describe(
         "domain": leaf(max(ranks, cores()), f"{here}: one machine"),
         "inside": sides,
         "across": across,
-        "overlap": leaf(overlap, here),
+        **{name: leaf(share, here) for name, share in shares.items()},
     }
     return {"device": device, "network": network}
 
