@@ -253,8 +253,9 @@ def zero_calls(
         # What persists is gathered after the update, all at once, of which gloo runs two at a time; the others where
         # they are used.
         kept = sum(times for p, times in weights.parts if p.elements <= zero.persistence)
-        gathers = kept / (GLOO_THREADS if hardware.device.kind == "cpu" else 1) + (weights.count - kept) * 2 * num_micro
-        return {"all_gather": gathers, "reduce_scatter": buckets * num_micro}
+        at_once = GLOO_THREADS if hardware.device.kind == "cpu" else 1
+        used = 2 * num_micro * (weights.count - kept)
+        return {"all_gather": kept / at_once + used, "reduce_scatter": buckets * num_micro}
     # A bucket is reduced to the ranks whose parts lie in it.
     return {"all_gather": buckets + 1, "reduce": (buckets + size - 1) * (1 if zero.stage == 1 else num_micro)}
 
