@@ -9,13 +9,17 @@ a mesh measured is the median of its repeats' medians. The claim:
 
     mean |predicted - measured| / measured  <=  10 %, or twice the spread of the repeats, where that is more
 
-spread: the mean over meshes of the repeats' interquartile range / (2 median). Also: which mesh the prediction puts
-first, and how far from the best measured one it is.
+spread: the mean over meshes of the repeats' interquartile range / (2 median). What `cuboid plan --search` puts first
+for so many ranks is measured among them, and counted apart:
+
+    the search's pick / the best of all that were measured  <=  1.15
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -40,6 +44,8 @@ from framework.tokenizer.config import DctConfig, TokenizerConfig, tokenizer_str
 CLIP = ClipShape(17, 128, 128)  # 5 x 8 x 8 = 320 tokens
 COEFFICIENTS = 8
 GOAL = 0.1
+BEHIND = 0.15
+PICK = "the search's"
 MESHES = (
     ("dp=4", ("mesh.dp=4",)),
     ("dp=4 stage 3", ("mesh.dp=4", "zero.stage=3")),
@@ -120,6 +126,7 @@ def on_rank(folder: Path, world: int, repeats: int, steps: int) -> None:
     env, hardware = read_environment(), load_hardware(str(folder / "hardware.yaml"))
     assert env is not None
     meshes = {name: words for name, words in MESHES if world_of(words) == world}
+    meshes[PICK] = tuple(json.loads((folder / f"pick-{world}.json").read_text()))
     found = []
     for _, order in zip(range(repeats), orders(list(meshes)), strict=False):
         for name in order:
@@ -158,16 +165,27 @@ def report(found: list[Once]) -> None:
             f"{ranks:5} {name:22}{1e3 * measured[ranks, name]:10.1f}{1e3 * predicted[ranks, name]:11.1f}"
             f"{100 * error:+8.1f}%{100 * spreads[-1]:8.1f}%"
         )
-    mean = statistics.mean(abs(predicted[key] / measured[key] - 1) for key in measured)
+    mean = statistics.mean(abs(predicted[key] / measured[key] - 1) for key in measured if key[1] != PICK)
     spread = statistics.mean(spreads)
     limit = max(GOAL, 2 * spread)
     verdict = "holds" if mean <= limit else "does NOT hold"
     print(f"mean error {100 * mean:.1f} %, spread {100 * spread:.1f} %: at most {100 * limit:.1f} % {verdict}")
     for ranks in sorted({key[0] for key in measured}):
-        keys = [key for key in measured if key[0] == ranks]
-        first, best = min(keys, key=predicted.__getitem__), min(keys, key=measured.__getitem__)
-        behind = measured[first] / measured[best] - 1
-        print(f"{ranks} ranks: predicted first {first[1]!r}, measured best {best[1]!r}: {100 * behind:.1f} % more")
+        best = min((key for key in measured if key[0] == ranks), key=measured.__getitem__)
+        behind = measured[ranks, PICK] / measured[best] - 1
+        verdict = "holds" if behind <= BEHIND else "does NOT hold"
+        print(
+            f"{ranks} ranks: the search's pick takes {100 * behind:.1f} % more than the best measured, {best[1]!r}: "
+            f"at most {100 * BEHIND:.0f} % {verdict}"
+        )
+
+
+def search_pick(recipe: Path, hardware: Path, world: int) -> list[str]:
+    """Words of the layout that the search puts first."""
+    command = [sys.executable, "-m", "framework.cli", "plan", str(recipe), "--search", "--json", "--gpus", str(world)]
+    said = subprocess.run([*command, "--gpu", str(hardware)], check=True, capture_output=True, text=True)
+    words: list[str] = json.loads(said.stdout)["stages"][0]["layouts"][0]["words"]
+    return words
 
 
 def main() -> None:
@@ -192,6 +210,9 @@ def main() -> None:
             calibrate(folder / "hardware.yaml", 4)
         found: list[Once] = []
         for world in sorted({world_of(words) for _, words in MESHES}):
+            pick = search_pick(folder / "recipe.yaml", folder / "hardware.yaml", world)
+            print(f"{world} ranks, the search's pick: {' '.join(pick)}")
+            (folder / f"pick-{world}.json").write_text(json.dumps(pick))
             words = ["--rank-of", name, str(world), "--repeats", str(given.repeats), "--steps", str(given.steps)]
             run_ranks(words, world)
             found += [Once(**each) for each in json.loads((folder / f"found-{world}.json").read_text())]
