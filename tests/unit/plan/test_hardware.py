@@ -25,6 +25,8 @@ CASES = [
     ({"device__memory": {"value": 1}}, r"device.memory must have a value and a source"),
     ({"device__memory": {"value": 1, "source": ""}}, r"device.memory must have a value and a source"),
     ({"network__overlap": 1.5}, r"network.overlap is 1.5: a share, at most 1"),
+    ({"network__skew": -0.1}, r"network.skew is -0.1: it must be a number at least 0"),
+    ({"network__stretch": 0}, r"network.stretch is 0: it must be a number above 0"),
     ({"device__kind": "tpu"}, r"device.kind must be gpu or cpu, not 'tpu'"),
 ]
 
@@ -58,6 +60,8 @@ def test_those_that_come_along_are_packaged_and_read() -> None:
     h100 = found["h100"]
     assert h100.device.matmul["bfloat16"] == 794.5e12 and h100.network.domain == 8
     assert h100.device.attention["cudnn"].forward == 618e12 and h100.device.attention["cudnn"].backward == 534e12
+    # Ranks that drift apart were measured on CPUs alone.
+    assert (h100.network.skew, found["cpu"].network.skew > 0, found["cpu"].network.stretch > 0) == (0, True, True)
     assert "device.launch" in h100.assumed and "device.matmul.bfloat16" not in h100.assumed
     data = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert set(FOLDER.parent.glob(data["framework.plan"][0])) == set(FOLDER.glob("*.yaml")) != set()
