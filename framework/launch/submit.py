@@ -135,15 +135,16 @@ def build_job(
     return job, notes
 
 
-def summary(job: Job, recipe: Recipe) -> list[str]:
-    """What a job starts, for a person."""
+def summary(job: Job, recipe: Recipe, *, estimated: bool = False) -> list[str]:
+    """What a job starts, for a person. estimated: train.steps is, as samples end the stage."""
     cluster, watch = job.cluster, job.watch
     shapes = shapes_of(recipe, cluster, job.nodes)
     (fewest, most), spare = job.nodes, cluster.spare_nodes
     nodes = str(most) if fewest == most else f"{fewest} to {most}"
     meshes = " or ".join(f"{shape} = {shape.world_size} ranks" for shape in shapes)
+    steps = f"about {recipe.train.steps}" if estimated else f"{recipe.train.steps}"
     return [
-        f"run      {job.run}, {recipe.train.steps} steps, checkpoints in {job.store} every {recipe.checkpoint.every}",
+        f"run      {job.run}, {steps} steps, checkpoints in {job.store} every {recipe.checkpoint.every}",
         f"nodes    {nodes} of {cluster.name}, {cluster.ranks_per_node} ranks each"
         + (f", and {spare} spare" if spare else ""),
         f"mesh     {meshes}; ZeRO stage {recipe.zero.stage} ({recipe.zero.engine})",
