@@ -218,11 +218,12 @@ def verify(
     mesh: Annotated[list[str] | None, typer.Option(help="Mesh to run on, e.g. tp=2,ulysses=2,stage=3.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps; 0 compares the first gradient only.")] = 8,
     dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float32",
+    stage: Annotated[str | None, typer.Option(help="Of a recipe with stages: its name; else the first.")] = None,
     shrink: Annotated[bool, typer.Option(help="The smallest model with the same heads and remainders.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Run a recipe on several meshes and compare samples, losses, gradients and weights with the first one."""
-    from framework.launch.verify import Dtype, build_variants, judge, report, run_here
+    from framework.launch.verify import Dtype, build_variants, judge, report, run_here, stage_file
 
     dtypes: dict[str, Dtype] = {"float64": "float64", "float32": "float32", "bfloat16": "bfloat16"}
     if dtype not in dtypes:
@@ -232,11 +233,12 @@ def verify(
     meshes, steps = mesh or [], 0 if dtype == "float64" else steps
     with tempfile.TemporaryDirectory(prefix="cuboid-verify-") as name:
         folder = Path(name)
+        recipe, words, notes = stage_file(recipe, overrides or [], stage, folder)
         if shrink:
             from framework.launch.shrink import shrink_recipe
 
-            recipe, overrides = shrink_recipe(recipe, overrides or [], meshes, folder), []
-        variants = build_variants(recipe, overrides or [], meshes, dtypes[dtype])
+            recipe, words = shrink_recipe(recipe, words, meshes, folder), []
+        variants = build_variants(recipe, words, meshes, dtypes[dtype])
         env = read_environment()
         if env is None:
             found = run_here(variants, folder, steps=steps)
@@ -246,8 +248,8 @@ def verify(
             found = observe_all([variant.recipe for variant in variants], env, steps=steps)
     if env is None or env.is_first:
         rows = judge(meshes, found, dtypes[dtype])
-        notes = dict.fromkeys(note for variant in variants for note in variant.notes)
-        report(rows, found[0], list(notes), dtype=dtypes[dtype], as_json=json)
+        notes = list(dict.fromkeys([*notes, *(note for variant in variants for note in variant.notes)]))
+        report(rows, found[0], notes, dtype=dtypes[dtype], as_json=json)
         if not all(row.agrees for row in rows):
             raise typer.Exit(1)
 

@@ -11,6 +11,7 @@ from framework import log
 from framework.environment import read_environment, visible_gpus
 from framework.launch.check import check_machine, check_start
 from framework.launch.local import run_local
+from framework.launch.stages import pick_stage
 from framework.plan.hardware import load_hardware
 from framework.recipe import load_recipe
 
@@ -24,6 +25,7 @@ def bench(
     *,
     steps: Annotated[int, typer.Option(help="Steps to time at most.")] = 100,
     minutes: Annotated[float, typer.Option(help="Minutes to take at most, a step begun aside.")] = 10.0,
+    stage: Annotated[str | None, typer.Option(help="Of a recipe with stages: its name; else the first.")] = None,
     hardware: Annotated[str | None, typer.Option(help="Description to predict by: h100, or a calibration.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -32,18 +34,22 @@ def bench(
         raise ValueError(f"--steps {steps} must be at least 1")
     if not minutes > 0:
         raise ValueError(f"--minutes {minutes} must be above 0")
-    loaded, described = load_recipe(recipe, overrides or []), load_hardware(hardware) if hardware else None
+    loaded, picked, notes = pick_stage(load_recipe(recipe, overrides or []), stage)
+    described = load_hardware(hardware) if hardware else None
     env, num_gpus = read_environment(), visible_gpus()
+    for note in notes if (env is None or env.is_first) and not json else []:
+        log.line(note)
     shape = check_start(loaded, num_ranks=None if env is None else env.world_size, num_gpus=num_gpus)
     if env is None:
         check_machine(shape, num_gpus=num_gpus)
         words = ["--steps", str(steps), "--minutes", str(minutes), *(["--json"] if json else [])]
         words += ["--hardware", hardware] if hardware else []
+        words += ["--stage", picked] if picked else []
         raise typer.Exit(run_local(["bench", str(recipe), *(overrides or []), *words], world_size=shape.world_size))
     from framework.programs.bench import bench as run_bench
     from framework.programs.bench import bench_lines
 
-    found = run_bench(loaded, env, name=recipe.name, steps=steps, minutes=minutes, hardware=described)
+    found = run_bench(loaded, env, name=recipe.name, stage=picked, steps=steps, minutes=minutes, hardware=described)
     if env.is_first:
         for text in [json_.dumps(asdict(found))] if json else bench_lines(found):
             log.line(text)

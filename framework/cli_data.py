@@ -40,7 +40,7 @@ def report(
         if value is not None and value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
     loaded = load_recipe(recipe, overrides or [])
-    shape = resolve_mesh(loaded.mesh, num_ranks=ranks, num_gpus=visible_gpus())
+    shape = resolve_mesh(loaded.mesh, num_ranks=ranks, num_gpus=visible_gpus(), heads=loaded.model.num_attention_heads)
     for stream in loaded.data.streams:
         if "://" in stream.path:  # with little patience: a server that is away is told at once
             open_source(stream.path).check_readable()

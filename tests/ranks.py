@@ -132,7 +132,7 @@ def first_step(env: Environment, recipe_path: Path, overrides: list[str], step: 
             if draw:
                 samples[draw] = digest(batch.latents[i], noised.latents[i], noised.target[i], noised.timesteps[i])
         tokens = split_tokens(patchify(noised, recipe.model.patch_size), meshes[batch.bucket], recipe.attention.pattern)
-        loss = flow.loss_sum(engine(tokens, batch.condition), tokens)
+        loss = flow.losses(engine(tokens, batch.condition), tokens).sum()
         engine.backward(loss, global_count=count, last=index + 1 == work.num_micro)
         loss_sum += float(loss.detach())
     gradients = gather_fragments(engine.gradients(), mesh.control)
@@ -229,7 +229,7 @@ def bad_step(env: Environment, recipe_path: Path, overrides: list[str]) -> tuple
             tokens = split_tokens(
                 patchify(noised, recipe.model.patch_size), meshes[batch.bucket], recipe.attention.pattern
             )
-            loss = flow.loss_sum(engine(tokens, batch.condition), tokens) * factor
+            loss = flow.losses(engine(tokens, batch.condition), tokens).sum() * factor
             engine.backward(loss, global_count=4.0, last=index + 1 == work.num_micro)
         skipped = engine.step(lr=1e-2).skipped
         return skipped, [fragment.flat.clone() for fragment in engine.fragments()]

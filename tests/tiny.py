@@ -97,3 +97,15 @@ def write_recipe(folder: Path, latents: Path, overrides: Sequence[str] = (), *, 
     path = folder / name
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
+
+
+def write_stages(folder: Path, latents: Path) -> Path:
+    """The tiny recipe in two stages: 3 steps of 4 samples on one rank; 8 samples, 2 a step, on a ring of two."""
+    tree = recipe_tree(latents, folder / "run") | {"train": {}}
+    tree["stages"] = [
+        {"name": "short", "exit": {"steps": 3}},
+        {"name": "long", "exit": {"samples": 8}, "mesh": {"dp": 1, "ring": 2}, "data": {"global_batch": 2}},
+    ]
+    path = folder / "staged.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path

@@ -83,14 +83,10 @@ class Flow:
             weights=batch.weights,
         )
 
-    def loss_sum(self, prediction_bsq: Tensor, tokens: Tokens) -> Tensor:
-        """The local sum of the weighted squared errors; divided by `global_count` it is this rank's part of the
-        loss.
-        """
-        return self.losses(prediction_bsq, tokens).sum()
-
     def losses(self, prediction_bsq: Tensor, tokens: Tokens) -> Tensor:
-        """Each sample's weighted squared error, `B`, summed over this rank's valid tokens."""
+        """Each sample's weighted squared error, `B`, summed over this rank's valid tokens; their sum, divided by
+        `global_count`, is this rank's part of the loss.
+        """
         return self.score(tokens)(prediction_bsq, 0)
 
     def score(self, tokens: Tokens) -> Score:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from framework.checkpoint.stage import check_stages, read_progress
+from framework.data.budget import with_steps
 from framework.history import Event, History, now
 from framework.launch.config import ClusterConfig
 from framework.launch.job import Job
@@ -18,7 +19,9 @@ from framework.stages.recipes import stage_recipe, stages_of
 
 @dataclass(frozen=True)
 class Link:
-    """The job of one stage. recipe: the stage's own."""
+    """The job of one stage. recipe: the stage's own; where samples end it, its train.steps are what they take on
+    average.
+    """
 
     stage: Stage
     job: Job
@@ -26,7 +29,11 @@ class Link:
 
     def lines(self) -> list[str]:
         """What it starts, for a person."""
-        return [f"stage    {self.stage.name}, {self.stage.exit}", *summary(self.job, self.recipe)]
+        leaving = self.stage.exit
+        return [
+            f"stage    {self.stage.name}, {leaving}",
+            *summary(self.job, self.recipe, estimated=leaving.samples is not None),
+        ]
 
 
 def build_chain(invocation: Resolved, cluster: ClusterConfig, request: Request) -> tuple[list[Link], list[str]]:
@@ -43,7 +50,7 @@ def build_chain(invocation: Resolved, cluster: ClusterConfig, request: Request) 
             raise ValueError(f"{stage}: {error}") from None
         if links:  # which of them only the scheduler knows
             job = replace(job, dependency=f"afterok:<{links[-1].stage.name}>")
-        links.append(Link(stage, job, stage_recipe(recipe, stage.index)))
+        links.append(Link(stage, job, with_steps(stage_recipe(recipe, stage.index), stage.exit)))
         notes += own
     if not links:
         raise ValueError("\n".join((*invocation.notes, finished(recipe, progress))))

@@ -45,7 +45,7 @@ def check_start(recipe: Recipe, *, num_ranks: int | None, num_gpus: int) -> Mesh
     num_gpus: that each of its machines shows.
     """
     check_trained(recipe)
-    shape = resolve_mesh(recipe.mesh, num_ranks=num_ranks, num_gpus=num_gpus)
+    shape = resolve_mesh(recipe.mesh, num_ranks=num_ranks, num_gpus=num_gpus, heads=recipe.model.num_attention_heads)
     recipe = resolve_degrees(recipe, shape)
     for index in range(len(recipe.data.buckets)):
         split_shape(shape, *bucket_degrees(recipe, index))

@@ -98,13 +98,13 @@ def fitting_shapes(shape: MeshShape, places: Places, recipe: Recipe) -> list[Mes
     """The three nearest meshes of as many ranks that the model and the buckets allow and the link domains too."""
     heads, wanted = recipe.model.num_attention_heads, MeshConfig(shape.dp, shape.ring, shape.ulysses, shape.tp)
     own = [(b.ring or 1, b.ulysses or 1) for b in recipe.data.buckets if b.ring is not None or b.ulysses is not None]
+    most = max((ulysses for _, ulysses in own), default=1)
 
     def allowed(mesh: MeshShape) -> bool:
-        most = max([mesh.ulysses, *(ulysses for _, ulysses in own)])
         divides = all(mesh.dp * mesh.cp % (ring * ulysses) == 0 for ring, ulysses in own)
-        return heads % mesh.tp == 0 and most <= heads // mesh.tp and divides and tp_fits(mesh, places)
+        return most <= heads // mesh.tp and divides and tp_fits(mesh, places)
 
-    meshes = nearest_shapes(wanted, shape.world_size, count=shape.world_size**2)
+    meshes = nearest_shapes(wanted, shape.world_size, heads=heads, count=shape.world_size**2)
     return [mesh for mesh in meshes if allowed(mesh)][:3]
 
 

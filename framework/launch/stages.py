@@ -1,7 +1,10 @@
-"""`cuboid train` of a recipe with stages, on this machine: stage after stage, each on ranks of its own."""
+"""A recipe with stages on this machine: `cuboid train` of stage after stage, each on ranks of its own, and the one that
+`bench` or `verify` is about.
+"""
 
 from framework.checkpoint.manifest import Progress
 from framework.checkpoint.stage import check_stages, read_progress
+from framework.data.budget import with_steps
 from framework.environment import Environment, visible_gpus
 from framework.launch.check import check_machine, check_start, check_store
 from framework.launch.local import Launcher
@@ -32,6 +35,23 @@ def train_here(invocation: Resolved, arguments: list[str]) -> int:
             if (now := read_progress(recipe).stage) != index + 1:
                 raise RunFailure(f"stages[{index}] of the run {recipe.run} ended, and its store is at stages[{now}]")
     return 0
+
+
+def pick_stage(recipe: Recipe, name: str | None) -> tuple[Recipe, str, list[str]]:
+    """The recipe of a stage, its name, and what a person should know; of the first where none is named, and "" for a
+    recipe without stages. Raises ValueError.
+    """
+    stages = {stage.name: stage for stage in stages_of(recipe)}
+    names = ", ".join(stages)
+    if not stages:
+        if name is not None:
+            raise ValueError(f"--stage {name}: the recipe has no stages: leave it out")
+        return recipe, "", []
+    picked = stages.get(next(iter(stages)) if name is None else name)
+    if picked is None:
+        raise ValueError(f"--stage {name}: the recipe has no such stage, only {names}")
+    notes = [f"stage {picked.name}, the first of {names}: --stage takes another"] if name is None else []
+    return with_steps(stage_recipe(recipe, picked.index), picked.exit), picked.name, notes
 
 
 def check_left(recipe: Recipe, progress: Progress, *, num_ranks: int | None) -> dict[int, MeshShape]:

@@ -46,13 +46,13 @@ class Request:
 def node_range(nodes: str | None, recipe: Recipe, cluster: ClusterConfig) -> tuple[int, int]:
     """Fewest and most nodes. Raises ValueError where the mesh doesn't fit them, with what does."""
     mesh, ranks = recipe.mesh, cluster.ranks_per_node
-    replica = mesh.ring * mesh.ulysses * mesh.tp
+    replica, heads = mesh.ring * mesh.ulysses * mesh.tp, recipe.model.num_attention_heads
     if nodes is None:
         if mesh.dp == "auto":
             raise ValueError("mesh.dp=auto takes the ranks that there are: say how many nodes by --nodes")
         world = mesh.dp * replica
         if world % ranks:
-            near = "; ".join(str(m) for m in nearest_shapes(mesh, -(-world // ranks) * ranks))
+            near = "; ".join(str(m) for m in nearest_shapes(mesh, -(-world // ranks) * ranks, heads=heads))
             raise ValueError(
                 f"the mesh has {mesh.dp} * {mesh.ring} * {mesh.ulysses} * {mesh.tp} = {world} ranks, which aren't "
                 f"whole nodes of {ranks} ({cluster.name}); the nearest meshes that are: {near}"
@@ -69,7 +69,7 @@ def node_range(nodes: str | None, recipe: Recipe, cluster: ClusterConfig) -> tup
             f"--nodes {nodes} lets the number of ranks change, mesh.dp={mesh.dp} doesn't: set mesh.dp=auto"
         )
     for count in (fewest, most):
-        resolve_mesh(mesh, num_ranks=count * ranks)
+        resolve_mesh(mesh, num_ranks=count * ranks, heads=heads)
     return fewest, most
 
 
@@ -135,15 +135,16 @@ def build_job(
     return job, notes
 
 
-def summary(job: Job, recipe: Recipe) -> list[str]:
-    """What a job starts, for a person."""
+def summary(job: Job, recipe: Recipe, *, estimated: bool = False) -> list[str]:
+    """What a job starts, for a person. estimated: train.steps is, as samples end the stage."""
     cluster, watch = job.cluster, job.watch
     shapes = shapes_of(recipe, cluster, job.nodes)
     (fewest, most), spare = job.nodes, cluster.spare_nodes
     nodes = str(most) if fewest == most else f"{fewest} to {most}"
     meshes = " or ".join(f"{shape} = {shape.world_size} ranks" for shape in shapes)
+    steps = f"about {recipe.train.steps}" if estimated else f"{recipe.train.steps}"
     return [
-        f"run      {job.run}, {recipe.train.steps} steps, checkpoints in {job.store} every {recipe.checkpoint.every}",
+        f"run      {job.run}, {steps} steps, checkpoints in {job.store} every {recipe.checkpoint.every}",
         f"nodes    {nodes} of {cluster.name}, {cluster.ranks_per_node} ranks each"
         + (f", and {spare} spare" if spare else ""),
         f"mesh     {meshes}; ZeRO stage {recipe.zero.stage} ({recipe.zero.engine})",

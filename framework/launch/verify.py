@@ -18,6 +18,7 @@ from framework.environment import visible_gpus
 from framework.evaluate.agreement import LIMITS, Errors, Observation, bfloat16_limits, compare
 from framework.launch.check import check_machine, check_start
 from framework.launch.local import run_local
+from framework.launch.stages import pick_stage
 from framework.recipe import Recipe, bucket_degrees, load_recipe, to_yaml
 
 Dtype = Literal["float64", "float32", "bfloat16"]
@@ -99,6 +100,18 @@ def build_variant(path: Path, overrides: Sequence[str], words: str, dtype: Dtype
             buckets[index] = replace(bucket, ring=None, ulysses=None)
             notes.append(f"{words}: {bucket.name} takes the mesh's degrees, as {ranks} ranks aren't {ring} x {ulysses}")
     return Variant(words, replace(recipe, data=replace(recipe.data, buckets=buckets)), tuple(notes))
+
+
+def stage_file(path: Path, overrides: list[str], name: str | None, folder: Path) -> tuple[Path, list[str], list[str]]:
+    """Recipe, overrides, and notes; a stage becomes a file of its own in `folder`, over which a mesh's words can lie. A
+    recipe without stages stays as it is. name: of the stage; None takes the first. Raises ValueError.
+    """
+    recipe, picked, notes = pick_stage(load_recipe(path, overrides), name)
+    if not picked:
+        return path, overrides, []
+    out = folder / "stage.yaml"
+    out.write_text(to_yaml(recipe))
+    return out, [], notes
 
 
 def build_variants(path: Path, overrides: Sequence[str], meshes: Sequence[str], dtype: Dtype) -> list[Variant]:

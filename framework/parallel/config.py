@@ -65,6 +65,10 @@ class MeshShape:
     def replica(self) -> int:
         return self.cp * self.tp
 
+    def splits_heads(self, heads: int) -> bool:
+        """Whether a model's heads can be split so: tp cuts through none, and every rank of Ulysses gets one."""
+        return heads % self.tp == 0 and self.ulysses <= heads // self.tp
+
     def __str__(self) -> str:
         return f"dp={self.dp} ring={self.ring} ulysses={self.ulysses} tp={self.tp}"
 
@@ -85,8 +89,10 @@ def split_shape(shape: MeshShape, ring: int, ulysses: int) -> MeshShape:
     return MeshShape(ranks // (ring * ulysses), ring, ulysses, shape.tp)
 
 
-def nearest_shapes(config: MeshConfig, num_ranks: int, *, count: int = 3) -> list[MeshShape]:
-    """Meshes of `num_ranks` ranks, those first whose degrees are the least far, as factors, from the wanted ones."""
+def nearest_shapes(config: MeshConfig, num_ranks: int, *, heads: int | None = None, count: int = 3) -> list[MeshShape]:
+    """Meshes of `num_ranks` ranks, those first whose degrees are the least far, as factors, from the wanted ones.
+    heads: of a model, which they can split.
+    """
     shapes = [
         MeshShape(num_ranks // (ring * ulysses * tp), ring, ulysses, tp)
         for ring, ulysses, tp in product(divisors(num_ranks), repeat=3)
@@ -98,13 +104,16 @@ def nearest_shapes(config: MeshConfig, num_ranks: int, *, count: int = 3) -> lis
         pairs += [] if config.dp == "auto" else [(shape.dp, config.dp)]
         return sum(abs(math.log(got / wanted)) for got, wanted in pairs)
 
-    return sorted(shapes, key=distance)[:count]
+    return sorted((each for each in shapes if heads is None or each.splits_heads(heads)), key=distance)[:count]
 
 
-def resolve_mesh(config: MeshConfig, *, num_ranks: int | None, num_gpus: int = 0) -> MeshShape:
+def resolve_mesh(
+    config: MeshConfig, *, num_ranks: int | None, num_gpus: int = 0, heads: int | None = None
+) -> MeshShape:
     """Degrees for the ranks that are there (num_ranks), else for the visible GPUs, else for one replica.
 
-    Raises ValueError with the equation, the values and the nearest meshes that work, when they don't fit.
+    Raises ValueError with the equation, the values and the nearest meshes that work, when they don't fit. heads: of the
+    model, which those can split.
     """
     replica = config.ring * config.ulysses * config.tp
     if config.dp != "auto":
@@ -119,7 +128,7 @@ def resolve_mesh(config: MeshConfig, *, num_ranks: int | None, num_gpus: int = 0
         fix = (
             f"mesh.dp={fits} uses {fits * replica} of the ranks" if fits else f"one replica alone needs {replica} ranks"
         )
-        nearest = "; ".join(str(mesh) for mesh in nearest_shapes(config, num_ranks))
+        nearest = "; ".join(str(mesh) for mesh in nearest_shapes(config, num_ranks, heads=heads))
         raise ValueError(
             f"dp * ring * ulysses * tp == world_size doesn't hold: {config.dp} * {config.ring} * {config.ulysses} * "
             f"{config.tp} against {num_ranks} ranks; {fix}; the nearest meshes of {num_ranks} ranks: {nearest}"

@@ -2,7 +2,8 @@
 
 As JSON, one object; seconds are medians over steps of the slowest rank's:
 
-    recipe, mesh, ranks, device, torch      what ran, where
+    recipe, stage                           of the recipe, "" where it has none
+    mesh, ranks, device, torch              what ran, where
     parameters, tokens                      of the model; of a step, over all ranks
     steps                                   that were timed
     seconds, seconds_low, seconds_high      of a step: median and quartiles
@@ -52,6 +53,7 @@ class Bench:
     """See the docstring above."""
 
     recipe: str
+    stage: str
     mesh: str
     ranks: int
     device: str
@@ -87,9 +89,18 @@ class Step:
 
 
 def bench(
-    recipe: Recipe, env: Environment, *, name: str, steps: int, minutes: float, hardware: Hardware | None
+    recipe: Recipe,
+    env: Environment,
+    *,
+    name: str,
+    steps: int,
+    minutes: float,
+    hardware: Hardware | None,
+    stage: str = "",
 ) -> Bench:
-    """Time up to `steps` steps, within so many minutes, on this job's ranks. A collective; alike on every rank."""
+    """Time up to `steps` steps, within so many minutes, on this job's ranks. A collective; alike on every rank. name,
+    stage: of the recipe, for the report; a stage's recipe is its own.
+    """
     recipe = build.settle(recipe, env)
     recipe = replace(recipe, train=replace(recipe.train, steps=WARMUP + steps + PROFILED + LOOK_AHEAD))
     mesh = build.open_mesh(recipe, env)
@@ -117,6 +128,7 @@ def bench(
     top = hardware.device.peak.get(recipe.precision.default.compute) if hardware else None
     return Bench(
         recipe=name,
+        stage=stage,
         mesh=str(mesh.shape),
         ranks=mesh.world.size,
         device=torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -234,9 +246,10 @@ def uncovered(spans: Iterable[Span], covers: Iterable[Span]) -> float:
 
 def bench_lines(found: Bench) -> list[str]:
     """As text."""
+    stage = f", stage {found.stage}" if found.stage else ""
     mfu = "" if found.mfu is None else f", MFU {100 * found.mfu:.1f} %"
     lines = [
-        f"{found.recipe}: {found.mesh}, {found.ranks} x {found.device}, torch {found.torch}",
+        f"{found.recipe}{stage}: {found.mesh}, {found.ranks} x {found.device}, torch {found.torch}",
         f"step            {1e3 * found.seconds:10.1f} ms   quartiles {1e3 * found.seconds_low:.1f} to "
         f"{1e3 * found.seconds_high:.1f}, {found.steps} steps of {found.tokens:,.0f} tokens",
         f"model FLOP/s    {found.rank_tflops:10.3f} TFLOP/s a rank{mfu}",
@@ -255,9 +268,10 @@ def bench_lines(found: Bench) -> list[str]:
 
 def bench_row(found: Bench) -> str:
     """A row for the table of recipes/README.md: recipe, hardware, degrees, tokens a step, measured."""
+    stage = f", stage {found.stage}" if found.stage else ""
     mfu = "" if found.mfu is None else f" (MFU {100 * found.mfu:.1f} %)"
     return (
-        f"| `{found.recipe}` | {found.ranks} x {found.device} | {found.mesh} | {found.tokens:,.0f} | "
+        f"| `{found.recipe}`{stage} | {found.ranks} x {found.device} | {found.mesh} | {found.tokens:,.0f} | "
         f"{1e3 * found.seconds:.1f} ms a step, {found.rank_tflops:.3f} TFLOP/s a rank{mfu}, "
         f"{found.peak_bytes / 1e9:.2f} GB {found.peak_of}, torch {found.torch} |"
     )

@@ -94,7 +94,7 @@ def open_mesh(recipe: Recipe, env: Environment, *, apart: tuple[str, ...] = ()) 
 
     apart: keys in which the ranks' recipes may differ.
     """
-    shape = resolve_mesh(recipe.mesh, num_ranks=env.world_size)
+    shape = resolve_mesh(recipe.mesh, num_ranks=env.world_size, heads=recipe.model.num_attention_heads)
     # Newer torch renames collectives that torch 2.11 has under their old names alone; DeepSpeed uses those too.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if torch.cuda.is_available():
@@ -149,7 +149,10 @@ def build_schedule(
 
 def settle(recipe: Recipe, env: Environment) -> Recipe:
     """The recipe with what this machine and the number of ranks decide: kernel, degrees of buckets."""
-    return resolve_degrees(resolve_auto(recipe), resolve_mesh(recipe.mesh, num_ranks=env.world_size))
+    return resolve_degrees(
+        resolve_auto(recipe),
+        resolve_mesh(recipe.mesh, num_ranks=env.world_size, heads=recipe.model.num_attention_heads),
+    )
 
 
 def this_device() -> torch.device:

@@ -137,7 +137,7 @@ def real_step(recipe: Recipe, mesh: Mesh, env: Environment, num_micro: int) -> f
         begin = clock()
         for index in range(num_micro):
             tokens = split_tokens(patchify(noised, recipe.model.patch_size), mesh, recipe.attention.pattern)
-            loss = flow.loss_sum(engine(tokens, condition), tokens)
+            loss = engine.scored(tokens, condition, flow.score(tokens)).sum()
             engine.backward(loss, global_count=float(mesh.dp.size), last=index + 1 == num_micro)
         engine.step(lr=1e-4)
         ema.update(step=number)

@@ -122,7 +122,7 @@ def observe_all(recipes: Sequence[Recipe], env: Environment, *, steps: int) -> l
     one of the meshes hasn't the job's number of ranks.
     """
     for recipe in recipes:
-        resolve_mesh(recipe.mesh, num_ranks=env.world_size)
+        resolve_mesh(recipe.mesh, num_ranks=env.world_size, heads=recipe.model.num_attention_heads)
     found = [observe(recipe, env, steps=steps) for recipe in recipes]
     return [observation for observation in found if observation is not None]
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import write_latents, write_recipe
+from tiny import write_latents, write_recipe, write_stages
 
 from framework.shapes import ClipShape
 
@@ -38,6 +38,15 @@ def test_meshes_that_agree(tiny_shards: Path, tmp_path: Path) -> None:
         assert errors["same_samples"] and errors["gradient"] <= 5e-6 and errors["norm"] <= 1e-5
         assert errors["gradient_name"] and errors["curve"] <= 1e-4 and errors["weight"] <= 1e-4
     assert not (tmp_path / "run").exists(), "it leaves no run behind"
+
+
+def test_a_stage_is_verified_alone(tiny_shards: Path, tmp_path: Path) -> None:
+    """The second stage takes batches of 2 and the first one's are 4; a mesh's words lie over its ring."""
+    recipe = write_stages(tmp_path, tiny_shards)
+    status, out, err = verify(recipe, "--steps", "1", "--stage", "long", *meshes("dp=1"))
+    assert (status, err) == (0, "") and out.startswith("float32, 2 samples, 1 step;"), (out, err)
+    status, out, err = verify(recipe, "--stage", "middle", *meshes("dp=1"))
+    assert (status, out) == (2, "") and "no such stage, only short, long" in err
 
 
 def test_float64_says_that_fsdp2_stands_in(tiny_shards: Path, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ DISTRIBUTED: Final = (
     ("checkpoint/*", "is_initialized"),
     ("programs/build.py", "init_process_group"),
     ("programs/build.py", "is_initialized"),
+    ("programs/link_rates.py", "reduce"),  # DeepSpeed's, timed; none of ours
     ("metrics.py", "Work"),  # a type, imported under TYPE_CHECKING
 )
 ONLY: Final = (

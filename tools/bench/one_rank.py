@@ -129,7 +129,7 @@ def build_step(recipe: Recipe, mesh: Mesh, engine: Engine, work: Work, *, ema: E
 
     def step() -> None:
         tokens = split_tokens(patchify(noised, work.model.patch_size), mesh, recipe.attention.pattern)
-        loss = flow.loss_sum(engine(tokens, condition), tokens)
+        loss = engine.scored(tokens, condition, flow.score(tokens)).sum()
         engine.backward(loss, global_count=count, last=True)
         stats = engine.step(lr=LR)
         assert not stats.skipped, "the gradient's norm isn't finite, so nothing was updated"

@@ -61,6 +61,9 @@ def test_a_job_for_each_stage(invocation: Resolved, cluster: ClusterConfig, tmp_
     assert "#SBATCH --dependency='afterok:<wide>'" in script_of(links[1].job)
     assert "#SBATCH --dependency" not in script_of(links[0].job)
     assert links[1].lines()[0] == "stage    ring, 8 samples" and "waits    for job <wide>" in links[1].lines()
+    # 8 samples, 4 a step on average; the other stage's steps are what it says.
+    assert links[0].lines()[1].startswith(f"run      {tmp_path / 'run'}, 3 steps, ")
+    assert links[1].lines()[1].startswith(f"run      {tmp_path / 'run'}, about 2 steps, ")
     assert notes == [] and not (tmp_path / "run").exists()
 
 

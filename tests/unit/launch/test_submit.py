@@ -10,6 +10,7 @@ from tiny import write_recipe
 
 from framework.history import Event
 from framework.launch import submit
+from framework.launch.check import check_start
 from framework.launch.cluster import load_cluster
 from framework.launch.config import ClusterConfig
 from framework.launch.nodes import remember
@@ -54,6 +55,21 @@ def test_nodes_that_dont_fit(
     with pytest.raises(ValueError) as error:
         node_range(nodes, load_recipe(tiny_recipe, words), cluster)
     assert part in str(error.value)
+
+
+def test_meshes_that_are_named_split_the_heads(tiny_recipe: Path, cluster: ClusterConfig) -> None:
+    """The tiny model has 2 heads. By factors alone ulysses=4 on 8 ranks, and 3 and 6 on 6, are as near as others."""
+    recipe = load_recipe(tiny_recipe, ["mesh.dp=3", "mesh.ulysses=2"])
+    big = replace(cluster, ranks_per_node=8)
+    with pytest.raises(ValueError, match=r"the nearest meshes that are: dp=4 ring=1 ulysses=2 tp=1; dp=2 ring=2 ul"):
+        node_range(None, recipe, big)
+    few = load_recipe(tiny_recipe, ["mesh.dp=1", "mesh.ulysses=2"])
+    for refused in (lambda: node_range("3", few, cluster), lambda: check_start(few, num_ranks=6, num_gpus=0)):
+        with pytest.raises(ValueError) as error:
+            refused()
+        named = str(error.value).partition("the nearest meshes of 6 ranks: ")[2].split("; ")
+        assert {"dp=3 ring=1 ulysses=2 tp=1", "dp=1 ring=3 ulysses=2 tp=1"} < set(named)
+        assert not any(word in mesh for mesh in named for word in ("ulysses=3", "ulysses=6"))
 
 
 def test_a_job(tiny_recipe: Path, tmp_path: Path, cluster: ClusterConfig) -> None:

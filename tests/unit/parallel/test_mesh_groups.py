@@ -98,6 +98,23 @@ def test_the_nearest_meshes_fill_the_ranks(config: MeshConfig, num_ranks: int, f
     assert {shape.world_size for shape in nearest} == {num_ranks}
 
 
+def test_the_nearest_meshes_split_the_heads() -> None:
+    """Ulysses 8 x tp 2, the nearest of 48 ranks, would need 16 heads; ulysses 16 too, and tp 8 cuts through a head."""
+    wanted = MeshConfig(dp=2, ulysses=8)
+    assert nearest_shapes(wanted, 48)[0] == MeshShape(3, 1, 8, 2)
+    with pytest.raises(ValueError, match="the nearest meshes of 48 ranks: dp=4 ring=1 ulysses=12 tp=1; dp=3 ring=2 ul"):
+        resolve_mesh(wanted, num_ranks=48, heads=12)
+    every = nearest_shapes(wanted, 48, heads=12, count=1000)
+    assert {(mesh.ulysses, mesh.tp) for mesh in every} == {
+        *((ulysses, 1) for ulysses in (1, 2, 3, 4, 6, 8, 12)),
+        *((ulysses, 2) for ulysses in (1, 2, 3, 4, 6)),
+        *((ulysses, 3) for ulysses in (1, 2, 4)),
+        *((ulysses, 4) for ulysses in (1, 2, 3)),
+        *((ulysses, 6) for ulysses in (1, 2)),
+        (1, 12),
+    }
+
+
 @pytest.mark.parametrize("axis", ["dp", "ring", "ulysses", "tp"])
 def test_degrees_start_at_one(axis: str) -> None:
     with pytest.raises(ValueError, match=rf"mesh.{axis}=0 must be at least 1"):
