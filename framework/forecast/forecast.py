@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from framework.data.splits import resolve_degrees
 from framework.forecast.draws import Draw, deal_of, draws_of
-from framework.forecast.memory import Memory, memory_of
+from framework.forecast.memory import Held, Memory, memory_of
 from framework.forecast.step import mean_step, step_of
 from framework.parallel.config import MeshShape
-from framework.plan.bucket import bucket_flops
 from framework.plan.hardware import Hardware
 from framework.plan.parameters import elements_of, parameter_shapes
 from framework.plan.sent import Weights, own_sent, weights_of
@@ -107,7 +106,7 @@ def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware, *, stage: str
             bucket_forecast(recipe, draw, shares[draw.bucket], step_of(recipe, shape, hardware, draw, weights))
             for draw in draws
         ),
-        memory=memory_of(recipe, shape, hardware, draws, weights),
+        memory=memory_of(recipe, hardware, Held(shape, draws), weights),
         traffic=traffic_of(recipe, shape, draws, weights),
         time=time,
         steps=recipe.train.steps,
@@ -126,7 +125,7 @@ def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware, *, stage: str
 def bucket_forecast(recipe: Recipe, draw: Draw, share: float, time: StepTime) -> BucketForecast:
     """A step of one bucket. share: its weight."""
     degrees = draw.shape
-    flops = bucket_flops(recipe, draw.bucket)
+    flops = draw.flops
     return BucketForecast(
         name=recipe.data.buckets[draw.bucket].name,
         tokens=draw.tokens,
