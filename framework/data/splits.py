@@ -8,6 +8,7 @@ least. As many of them as the mesh has, at most, are of Ulysses; the rest is a r
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from framework.data.budget import plan_batches
 from framework.parallel.config import MeshShape
@@ -18,12 +19,15 @@ from framework.shapes import divisors
 SLACK = 0.01
 
 
-def resolve_degrees(recipe: Recipe, shape: MeshShape) -> Recipe:
-    """The recipe with the ring and ulysses of every bucket that leaves them to `data.degrees`."""
+def resolve_degrees(recipe: Recipe, shape: MeshShape, *, sizes: Sequence[int] | None = None) -> Recipe:
+    """The recipe with the ring and ulysses of every bucket that leaves them to `data.degrees`.
+
+    sizes: of `plan_batches(recipe)`, for who asks for many meshes, which don't change them.
+    """
     data = recipe.data
     if data.degrees == "mesh":
         return recipe
-    sizes = plan_batches(recipe).sizes
+    sizes = sizes or plan_batches(recipe).sizes
     tokens = [bucket_tokens(recipe, index).num_tokens for index in range(len(data.buckets))]
     most = -(-max(tokens) // (shape.ring * shape.ulysses))
     buckets = []

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from framework.data.budget import Batches, micro_sizes, plan_batches
 from framework.parallel.config import MeshShape, split_shape
+from framework.plan.bucket import bucket_flops
+from framework.plan.flops import Flops
 from framework.plan.traffic import MicroShape
 from framework.recipe import Recipe, bucket_degrees, bucket_timesteps, bucket_tokens
 from framework.shapes import even_parts
@@ -12,26 +14,28 @@ from framework.text.config import text_length
 
 @dataclass(frozen=True)
 class Deal:
-    """What a recipe deals out, whatever the mesh. tokens, timesteps: of a sample of each bucket. text: tokens of a
-    caption.
+    """What a recipe deals out, whatever the mesh. tokens, timesteps: of a sample of each bucket; flops: of
+    training on it. text: tokens of a caption.
     """
 
     batches: Batches
     tokens: tuple[int, ...]
     timesteps: tuple[int, ...]
+    flops: tuple[Flops, ...]
     text: int
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A draw of one bucket. share: of all draws. samples: over all ranks. tokens: of a sample. shape: the mesh as the
-    bucket splits it. micros: of the rank that has the most.
+    """A draw of one bucket. share: of all draws. samples: over all ranks. tokens, flops: of a sample. shape: the mesh
+    as the bucket splits it. micros: of the rank that has the most.
     """
 
     bucket: int
     share: float
     samples: int
     tokens: int
+    flops: Flops
     shape: MeshShape
     micros: tuple[MicroShape, ...]
 
@@ -46,7 +50,8 @@ def deal_of(recipe: Recipe) -> Deal:
     count = range(len(recipe.data.buckets))
     tokens = tuple(bucket_tokens(recipe, index).num_tokens for index in count)
     timesteps = tuple(bucket_timesteps(recipe, index) for index in count)
-    return Deal(plan_batches(recipe), tokens, timesteps, text_length(recipe.text))
+    flops = tuple(bucket_flops(recipe, index) for index in count)
+    return Deal(plan_batches(recipe), tokens, timesteps, flops, text_length(recipe.text))
 
 
 def draws_of(recipe: Recipe, shape: MeshShape, deal: Deal) -> list[Draw]:
@@ -64,5 +69,6 @@ def draws_of(recipe: Recipe, shape: MeshShape, deal: Deal) -> list[Draw]:
             MicroShape(index, part, deal.text, timesteps=deal.timesteps[index])
             for part in even_parts(rows, -(-rows // sizes[index]))
         )
-        draws.append(Draw(index, deal.batches.shares[index], samples, deal.tokens[index], split, micros))
+        share, tokens, flops = deal.batches.shares[index], deal.tokens[index], deal.flops[index]
+        draws.append(Draw(index, share, samples, tokens, flops, split, micros))
     return draws

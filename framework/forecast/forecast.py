@@ -10,21 +10,18 @@ from dataclasses import dataclass
 
 from framework.data.splits import resolve_degrees
 from framework.forecast.draws import Draw, deal_of, draws_of
-from framework.forecast.memory import Memory, memory_of
+from framework.forecast.encoding import encoder_seconds, latent_bytes
+from framework.forecast.memory import Held, Memory, memory_of
 from framework.forecast.step import mean_step, step_of
 from framework.parallel.config import MeshShape
-from framework.plan.bucket import bucket_flops
 from framework.plan.hardware import Hardware
 from framework.plan.parameters import elements_of, parameter_shapes
 from framework.plan.sent import Weights, own_sent, weights_of
 from framework.plan.time import StepTime
 from framework.plan.zero_traffic import engine_traffic
 from framework.recipe import Recipe
-from framework.shapes import latent_shape
-from framework.tokenizer.config import tokenizer_channels, tokenizer_strides
 
 VERSION = 1  # of the JSON
-LATENT_BYTES = 2  # float16, what `cuboid encode` writes
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,8 @@ class BucketForecast:
     """A bucket. tokens: of a sample. samples: of a draw. share: of the samples trained on. petaflops: of
     training on a sample, recompute not counted; attention: its share of that. tokens_a_rank: of a micro-batch's
     samples, padding included. micro_batches: samples of each, on the rank that has the most; empty: share of
-    all replicas' slots without a sample. seconds: of a step of it.
+    all replicas' slots without a sample. seconds: of a step of it. latent: bytes of a clip as it is stored. encoding:
+    seconds of a device that made it, at an assumed rate (encoding.py), None where the encoder isn't known.
     """
 
     name: str
@@ -48,6 +46,8 @@ class BucketForecast:
     empty: float
     seconds: float
     mfu: float | None
+    latent: int
+    encoding: float | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Forecast:
     rank sends in a step, by group; `zero` is the engine's. time: seconds of a step by part. hours: to train.steps;
     cost: of them, in USD. checkpoint: bytes of one, frozen
     weights apart, which are written once; stall: seconds that a step waits for its copy to the host.
-    latents: bytes of the samples as latents, each counted as often as it is drawn.
+    latents: bytes of the samples as latents, each counted as often as it is drawn. clip_latents, clip_encoding: bytes
+    and seconds of a device of one clip, on average over the buckets' shares of the samples.
     """
 
     run: str
@@ -79,6 +80,8 @@ class Forecast:
     checkpoint: int
     stall: float
     latents: float
+    clip_latents: float
+    clip_encoding: float | None
     assumed: tuple[str, ...]
 
 
@@ -93,7 +96,12 @@ def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware, *, stage: str
     hours = time.total * recipe.train.steps / 3600
     samples = deal.batches.mean * recipe.data.rounds * recipe.train.steps
     checkpoint = 4 * trained * (3 + (recipe.ema.decay > 0))
-    sizes = [latent_bytes(recipe, index) for index in range(len(draws))]
+    buckets = tuple(
+        bucket_forecast(recipe, draw, shares[draw.bucket], hardware, step_of(recipe, shape, hardware, draw, weights))
+        for draw in draws
+    )
+    latents = sum(bucket.share * bucket.latent for bucket in buckets)
+    encoding = [bucket.share * bucket.encoding for bucket in buckets if bucket.encoding is not None]
     return Forecast(
         run=recipe.run,
         stage=stage,
@@ -103,11 +111,8 @@ def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware, *, stage: str
         f"{recipe.execution.recompute}",
         parameters=total,
         trained=trained,
-        buckets=tuple(
-            bucket_forecast(recipe, draw, shares[draw.bucket], step_of(recipe, shape, hardware, draw, weights))
-            for draw in draws
-        ),
-        memory=memory_of(recipe, shape, hardware, draws, weights),
+        buckets=buckets,
+        memory=memory_of(recipe, hardware, Held(shape, draws), weights),
         traffic=traffic_of(recipe, shape, draws, weights),
         time=time,
         steps=recipe.train.steps,
@@ -118,15 +123,17 @@ def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware, *, stage: str
         cost=hours * shape.world_size * hardware.device.price,
         checkpoint=checkpoint,
         stall=checkpoint / shape.world_size / hardware.device.host_bandwidth,
-        latents=samples * sum(share * size for share, size in zip(shares, sizes, strict=True)),
+        latents=samples * latents,
+        clip_latents=latents,
+        clip_encoding=sum(encoding) if len(encoding) == len(buckets) else None,
         assumed=hardware.assumed,
     )
 
 
-def bucket_forecast(recipe: Recipe, draw: Draw, share: float, time: StepTime) -> BucketForecast:
+def bucket_forecast(recipe: Recipe, draw: Draw, share: float, hardware: Hardware, time: StepTime) -> BucketForecast:
     """A step of one bucket. share: its weight."""
     degrees = draw.shape
-    flops = bucket_flops(recipe, draw.bucket)
+    flops = draw.flops
     return BucketForecast(
         name=recipe.data.buckets[draw.bucket].name,
         tokens=draw.tokens,
@@ -141,6 +148,8 @@ def bucket_forecast(recipe: Recipe, draw: Draw, share: float, time: StepTime) ->
         empty=draw.empty,
         seconds=time.total,
         mfu=time.mfu,
+        latent=latent_bytes(recipe, draw.bucket),
+        encoding=encoder_seconds(recipe, draw.bucket, hardware),
     )
 
 
@@ -153,10 +162,3 @@ def traffic_of(recipe: Recipe, shape: MeshShape, draws: list[Draw], weights: Wei
             found[group] += draw.share * sent
         found["zero"] += draw.share * float(engine_traffic(recipe, shape, 0, len(micros)).total)
     return {group: sent for group, sent in found.items() if sent}
-
-
-def latent_bytes(recipe: Recipe, index: int) -> int:
-    """Of one sample of a bucket, as `cuboid encode` writes it."""
-    strides, clip = tokenizer_strides(recipe.tokenizer), recipe.data.buckets[index].clip
-    latent = latent_shape(clip, strides)
-    return LATENT_BYTES * tokenizer_channels(recipe.tokenizer) * latent.frames * latent.height * latent.width

@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields
 
 from framework.data.splits import resolve_degrees
 from framework.forecast.draws import Draw, deal_of, draws_of
+from framework.models.config import ExecutionConfig
 from framework.parallel.config import AXES, GROUP_AXES, MeshShape
+from framework.plan.activations import ActivationBytes
 from framework.plan.hardware import Hardware
-from framework.plan.peak import StepPeak, step_peak
+from framework.plan.peak import StepPeak, most_activations, step_peak
 from framework.plan.sent import Weights, weights_of
 from framework.recipe import Recipe
 
@@ -55,15 +57,39 @@ class Memory:
         )
 
 
-def memory_of(recipe: Recipe, shape: MeshShape, hardware: Hardware, draws: Sequence[Draw], weights: Weights) -> Memory:
+class Held:
+    """What a rank of a mesh holds whatever its engine is, for recipes that differ in zero and execution alone: a search
+    asks for the same again and again.
+    """
+
+    def __init__(self, shape: MeshShape, draws: Sequence[Draw]) -> None:
+        self.shape, self.draws = shape, draws
+        self.communicators = num_communicators([shape, *(draw.shape for draw in draws)])
+        self._activations: dict[ExecutionConfig, list[ActivationBytes]] = {}
+
+    def activations(self, recipe: Recipe) -> list[ActivationBytes]:
+        """Of each draw, the most of its micro-batches."""
+        found = self._activations.get(recipe.execution)
+        if found is None:
+            found = [most_activations(recipe, self.shape, draw.micros) for draw in self.draws]
+            self._activations[recipe.execution] = found
+        return found
+
+
+def memory_of(recipe: Recipe, hardware: Hardware, held: Held, weights: Weights) -> Memory:
     """Of a rank of a mesh. weights: of its tp part."""
-    device, ranks = hardware.device, shape.dp * shape.cp
-    step = max((step_peak(recipe, shape, draw.micros, weights=weights) for draw in draws), key=lambda peak: peak.total)
+    device, shape = hardware.device, held.shape
+    ranks = shape.dp * shape.cp
+    peaks = (
+        step_peak(recipe, shape, draw.micros, weights=weights, activations=found)
+        for draw, found in zip(held.draws, held.activations(recipe), strict=True)
+    )
+    step = max(peaks, key=lambda peak: peak.total)
     ema = 4 * weights.share(recipe.zero, recipe.zero.partition_size(ranks)) if recipe.ema.decay else 0.0
     return Memory(
         step=step,
         ema=ema,
-        communicators=device.communicator * num_communicators([shape, *(draw.shape for draw in draws)]),
+        communicators=device.communicator * held.communicators,
         context=device.context,
         headroom=(device.headroom - 1) * (step.total + ema),
         capacity=device.memory,
@@ -74,7 +100,7 @@ def plan_memory(recipe: Recipe, shape: MeshShape, hardware: Hardware) -> Memory:
     """Of a rank, from the recipe alone. Raises ValueError where the mesh can't be split as the buckets say."""
     recipe = resolve_degrees(recipe, shape)
     draws = draws_of(recipe, shape, deal_of(recipe))
-    return memory_of(recipe, shape, hardware, draws, weights_of(recipe, shape.tp))
+    return memory_of(recipe, hardware, Held(shape, draws), weights_of(recipe, shape.tp))
 
 
 def num_communicators(shapes: Iterable[MeshShape]) -> int:

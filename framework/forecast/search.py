@@ -14,10 +14,10 @@ from itertools import product
 from typing import Final, Literal
 
 from framework.data.splits import resolve_degrees
-from framework.forecast.draws import Deal, Draw, deal_of, draws_of
-from framework.forecast.memory import Memory, memory_of
+from framework.forecast.draws import Deal, deal_of, draws_of
+from framework.forecast.memory import Held, Memory, memory_of
 from framework.forecast.step import mean_step
-from framework.models.config import check_execution
+from framework.models.config import ExecutionConfig, check_execution
 from framework.parallel.config import MeshConfig, MeshShape
 from framework.parallel.zero.config import ZeroConfig, check_engine
 from framework.plan.hardware import Hardware
@@ -26,6 +26,7 @@ from framework.plan.sent import Weights, weights_of
 from framework.plan.time import StepTime
 from framework.recipe import Recipe
 from framework.shapes import divisors
+from framework.tokenizer.config import LatentsConfig, TokenizerConfig, tokenizer_channels, tokenizer_strides
 
 MOST_RING: Final = 64
 SIZES: Final = (1, 2, 4)  # samples of a forward: where a clip fills the device, more of them gain nothing
@@ -79,18 +80,23 @@ class Layout:
 
 def search(recipe: Recipe, hardware: Hardware, *, gpus: int) -> list[Layout]:
     """The layouts that fit, by the time of a step. Raises ValueError where there is none, with what is nearest."""
+    tokenizer, recipe = recipe.tokenizer, without_files(recipe)
     deal, found = deal_of(recipe), []
+    rungs: dict[ZeroConfig, list[tuple[ZeroConfig, ExecutionConfig]]] = {}
     freed = tuple(index for index, b in enumerate(recipe.data.buckets) if b.ring is not None or b.ulysses is not None)
     weights = {tp: weights_of(recipe, tp) for tp in divisors(min(gpus, hardware.network.domain))}
     nearest: Memory | None = None
     for shape in meshes(recipe, hardware, deal, gpus=gpus):
-        meshed = with_mesh(recipe, shape)
+        meshed = with_mesh(recipe, shape, deal)
         sized = [replace(meshed, data=replace(meshed.data, micro_batch=size)) for size in micro_batches(deal, shape)]
-        drawn = [(each, draws_of(each, shape, deal)) for each in sized]
-        for (each, draws), zero in product(drawn, zeros(recipe, hardware, shape)):
-            fitting = first_that_fits(replace(each, zero=zero), shape, hardware, draws, weights[shape.tp])
+        drawn = [(each, Held(shape, draws_of(each, shape, deal))) for each in sized]
+        for (each, held), zero in product(drawn, zeros(recipe, hardware, shape)):
+            if zero not in rungs:
+                rungs[zero] = rungs_of(recipe, zero)
+            fitting = first_that_fits(each, hardware, rungs[zero], held, weights[shape.tp])
             if isinstance(fitting, Layout):
-                found.append(replace(fitting, freed=freed))
+                own = replace(fitting.recipe, tokenizer=tokenizer)
+                found.append(replace(fitting, recipe=own, freed=freed))
             elif fitting is not None and (nearest is None or fitting.total < nearest.total):
                 nearest = fitting
     if not found and nearest is None:
@@ -121,14 +127,14 @@ def meshes(recipe: Recipe, hardware: Hardware, deal: Deal, *, gpus: int) -> Iter
                 yield MeshShape(dp, ring, ulysses, tp)
 
 
-def with_mesh(recipe: Recipe, shape: MeshShape) -> Recipe:
+def with_mesh(recipe: Recipe, shape: MeshShape, deal: Deal) -> Recipe:
     """The recipe on a mesh, with degrees for each bucket where there are several."""
     mesh = MeshConfig(shape.dp, shape.ring, shape.ulysses, shape.tp)
     buckets = [replace(bucket, ring=None, ulysses=None) for bucket in recipe.data.buckets]
     several = len(buckets) > 1
     data = replace(recipe.data, degrees="auto" if several else recipe.data.degrees, buckets=buckets)
     found = replace(recipe, mesh=mesh, data=data)
-    return resolve_degrees(found, shape) if several else found
+    return resolve_degrees(found, shape, sizes=deal.batches.sizes) if several else found
 
 
 def micro_batches(deal: Deal, shape: MeshShape) -> list[int]:
@@ -154,27 +160,41 @@ def zeros(recipe: Recipe, hardware: Hardware, shape: MeshShape) -> list[ZeroConf
     return found
 
 
+def rungs_of(recipe: Recipe, zero: ZeroConfig) -> list[tuple[ZeroConfig, ExecutionConfig]]:
+    """The ladder for an engine and its stage, without what a recipe refuses."""
+    model, precision, found = recipe.model, recipe.precision, []
+    for recompute, share, activations, optimizer in LADDER:
+        blocks = None if share == 1 else round(share * model.num_layers)
+        with suppress(ValueError):  # what a recipe refuses isn't a layout
+            own = replace(zero, offload="optimizer" if optimizer else "none")
+            execution = replace(recipe.execution, recompute=recompute, recompute_blocks=blocks, offload=activations)
+            check_engine(own, precision)
+            check_execution(execution, model, zero=own, precision=precision)
+            found.append((own, execution))
+    return found
+
+
 def first_that_fits(
-    recipe: Recipe, shape: MeshShape, hardware: Hardware, draws: list[Draw], weights: Weights
+    recipe: Recipe, hardware: Hardware, rungs: list[tuple[ZeroConfig, ExecutionConfig]], held: Held, weights: Weights
 ) -> Layout | Memory | None:
     """Up the ladder; else the least that is needed, None where no rung is allowed."""
     least: Memory | None = None
-    model, precision = recipe.model, recipe.precision
-    for recompute, share, activations, optimizer in LADDER:
-        blocks = None if share == 1 else round(share * model.num_layers)
-        try:
-            zero = replace(recipe.zero, offload="optimizer" if optimizer else "none")
-            execution = replace(recipe.execution, recompute=recompute, recompute_blocks=blocks, offload=activations)
-            check_engine(zero, precision)
-            check_execution(execution, model, zero=zero, precision=precision)
-        except ValueError:  # what a recipe refuses isn't a layout
-            continue
+    for zero, execution in rungs:
         tried = replace(recipe, zero=zero, execution=execution)
-        memory = memory_of(tried, shape, hardware, draws, weights)
+        memory = memory_of(tried, hardware, held, weights)
         if memory.fits:
-            return Layout(tried, shape, memory, mean_step(tried, shape, hardware, draws, weights), ())
+            return Layout(tried, held.shape, memory, mean_step(tried, held.shape, hardware, held.draws, weights), ())
         least = memory if least is None or memory.total < least.total else least
     return least
+
+
+def without_files(recipe: Recipe) -> Recipe:
+    """The recipe with the numbers of its tokenizer in the place of the files that say them, which a search would read
+    thousands of times.
+    """
+    strides, channels = tokenizer_strides(recipe.tokenizer), tokenizer_channels(recipe.tokenizer)
+    numbers = LatentsConfig(strides.time, strides.height, strides.width, strides.causal, channels)
+    return replace(recipe, tokenizer=TokenizerConfig(name="latents", latents=numbers))
 
 
 def fastest_placement(hardware: Hardware) -> ChooseMesh:

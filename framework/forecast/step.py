@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from framework.forecast.draws import Draw
 from framework.parallel.config import MeshShape
-from framework.plan.bucket import bucket_flops
 from framework.plan.hardware import Hardware
 from framework.plan.sent import Weights
 from framework.plan.time import StepTime, step_time
@@ -16,7 +15,7 @@ def step_of(recipe: Recipe, shape: MeshShape, hardware: Hardware, draw: Draw, we
     """Of a step whose draws are all of one bucket. weights: of a rank's tp part."""
     time = step_time(recipe, shape, hardware, draw.micros * recipe.data.rounds, weights=weights)
     # Of the samples that there are: a replica without one computes an empty slot, which is no work.
-    return replace(time, model_flops=float(draw.samples * recipe.data.rounds * bucket_flops(recipe, draw.bucket).total))
+    return replace(time, model_flops=float(draw.samples * recipe.data.rounds * draw.flops.total))
 
 
 def mean_step(

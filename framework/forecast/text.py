@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from framework.data.report_text import size, table
+from framework.forecast.encoding import ASSUMED_SHARE
 from framework.forecast.forecast import VERSION, BucketForecast, Forecast
 from framework.forecast.memory import Memory
 from framework.forecast.search import Layout
@@ -114,8 +115,21 @@ def end_lines(found: Forecast) -> list[str]:
         f"{found.gpu_hours:,.0f} GPU-hours, about ${found.cost:,.0f}",
         f"a checkpoint is {size(found.checkpoint)}, and a step waits {seconds(found.stall)} for its copy; the samples "
         f"as latents, each as often as it is drawn: {size(found.latents)}",
+        encoding_line(found),
         "data are taken to be encoded ahead (cuboid encode): no encoder is on the device",
     ]
+
+
+def encoding_line(found: Forecast) -> str:
+    """What a million clips take, since a recipe doesn't say how many there are."""
+    line = f"a million clips of this mix are {size(1e6 * found.clip_latents)} of latents"
+    if found.clip_encoding is None:
+        return f"{line}; what encoding them takes isn't known of this tokenizer"
+    hours = 1e6 * found.clip_encoding / 3600
+    return (
+        f"{line}, and {hours:,.0f} GPU-hours of Wan 2.1's encoder to make, at an assumed {ASSUMED_SHARE:.0%} of "
+        "device.matmul.bfloat16; decoding videos not counted"
+    )
 
 
 def layout_lines(layouts: Sequence[Layout], *, stage: int | None = None, most: int = 10) -> list[str]:

@@ -56,16 +56,28 @@ class StepPeak:
         }
 
 
-def step_peak(
-    recipe: Recipe, shape: MeshShape, micros: Sequence[MicroShape], *, weights: Weights | None = None
-) -> StepPeak:
-    """Of a step of `micros` on the first rank of a mesh. Where weights are frozen, activations are those of a model
-    that is trained whole, which are more. Raises ValueError where activations have no formula.
-
-    weights: `weights_of(recipe, shape.tp)`, for who asks for many meshes of one model.
+def most_activations(recipe: Recipe, shape: MeshShape, micros: Sequence[MicroShape]) -> ActivationBytes:
+    """Of the micro-batch that has the most. Where weights are frozen, those of a model that is trained whole, which are
+    more. Raises ValueError where there is no formula.
     """
     trains_all = replace(recipe, lora=NO_ADAPTERS, train=replace(recipe.train, trainable=[]))
-    found = max((activation_bytes(trains_all, shape, micro) for micro in set(micros)), key=lambda each: each.total)
+    return max((activation_bytes(trains_all, shape, micro) for micro in set(micros)), key=lambda each: each.total)
+
+
+def step_peak(
+    recipe: Recipe,
+    shape: MeshShape,
+    micros: Sequence[MicroShape],
+    *,
+    weights: Weights | None = None,
+    activations: ActivationBytes | None = None,
+) -> StepPeak:
+    """Of a step of `micros` on the first rank of a mesh. Raises ValueError where activations have no formula.
+
+    weights: `weights_of(recipe, shape.tp)`, for who asks for many meshes of one model. activations: `most_activations`,
+    for who asks for many engines, which don't change them.
+    """
+    found = activations or most_activations(recipe, shape, micros)
     weights = weights or weights_of(recipe, shape.tp)
     whole, block = weights.elements, weights.block
     zero, precision, ranks = recipe.zero, recipe.precision, shape.dp * shape.cp

@@ -15,7 +15,10 @@ from framework.launch.check import check_memory
 from framework.parallel.config import MeshShape, resolve_mesh
 from framework.plan.hardware import gpu_of, load_hardware
 from framework.recipe import Recipe, load_recipe
+from framework.shapes import Strides
 from framework.stages.recipes import stage_recipe
+from framework.tokenizer import config as tokenizer_config
+from framework.tokenizer.config import TokenizerConfig, WanConfig, WanVae
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 H100 = load_hardware("h100")
@@ -112,6 +115,35 @@ def test_the_words_of_a_layout_are_the_layout_whatever_they_are_laid_over(words:
         found = forecast(again, resolve_mesh(again.mesh, num_ranks=16), H100)
         assert found.memory.total == pytest.approx(layout.memory.total)
         assert found.time.total == pytest.approx(layout.time.total)
+
+
+def test_what_layouts_of_a_search_share_is_what_each_has_alone() -> None:
+    """Two buckets, each with degrees of its own, some of the layouts with activations or the optimizer on the host."""
+    recipe = load_recipe(RECIPES / "moviegen-5b.yaml", ["stages=[]"])
+    layouts = search(recipe, replace(H100, device=replace(H100.device, memory=45e9)), gpus=64)
+    assert {layout.recipe.execution.recompute for layout in layouts} >= {"keep_attention", "all"}
+    assert {layout.recipe.execution.offload for layout in layouts} == {False, True}
+    for layout in layouts[::101]:
+        found = forecast(layout.recipe, layout.shape, H100)
+        assert found.memory.parts() == layout.memory.parts()
+        assert found.time == layout.time
+
+
+def test_a_search_reads_the_files_of_a_tokenizer_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its strides and its channels, and not for each layout."""
+    asked = []
+
+    def read(asking: WanConfig) -> WanVae:
+        asked.append(asking)
+        return WanVae(Path(), Strides(4, 8, 8, causal=True), (0.0,) * 16, (1.0,) * 16)
+
+    monkeypatch.setattr(tokenizer_config, "read_wan", read)
+    stored = load_recipe(RECIPES / "wan2.1-1.3b.yaml", [])
+    recipe = replace(stored, tokenizer=TokenizerConfig(name="wan", wan=WanConfig("somewhere")))
+    layouts = search(recipe, H100, gpus=16)
+    assert len(asked) == 2
+    assert [layout.time for layout in layouts] == [layout.time for layout in search(stored, H100, gpus=16)]
+    assert all(layout.recipe.tokenizer == recipe.tokenizer for layout in layouts), "the recipe's own"
 
 
 def test_empty_slots_are_no_work(wan: Recipe) -> None:
