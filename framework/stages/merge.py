@@ -7,8 +7,8 @@
 The recipe of a stage is the recipe without `stages`, the stage's own keys over it: a stage can be read without those
 before it. Weights, moments, average and the run's steps go on from stage to stage; the data begin an order of the
 stage's own, and its learning rate, warm-up and decay_steps count from its first step. `plan` goes through the
-stages, `bench` and `verify` take the one that is named, `sample` the one that the checkpoint was trained in; elsewhere
-outside of training (encode, ...) the recipe without its stages counts.
+stages, `encode` takes the buckets of all, `bench` and `verify` the one that is named, `sample` the one that the
+checkpoint was trained in; elsewhere outside of training the recipe without its stages counts.
 """
 
 import copy
