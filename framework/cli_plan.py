@@ -17,7 +17,8 @@ from framework.forecast.search import search
 from framework.forecast.text import forecast_lines, layout_lines, layouts_json, to_json, total_lines
 from framework.launch.calibrate import calibrate as measure
 from framework.parallel.config import MeshShape, resolve_mesh
-from framework.plan.hardware import Hardware, gpu_of, hardware_names, load_hardware
+from framework.plan.computing import attention_rates
+from framework.plan.hardware import FOLDER, Hardware, gpu_of, hardware_names, load_hardware
 from framework.recipe import Recipe, load_recipe
 from framework.stages.recipes import stage_recipe, stages_of
 
@@ -39,19 +40,27 @@ def plan(
     ] = False,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine and write --out.")] = False,
     out: Annotated[Path | None, typer.Option(help="The file that --calibrate writes, for --gpu.")] = None,
-    ranks: Annotated[int, typer.Option(help="Processes of --calibrate.")] = 4,
+    ranks: Annotated[int | None, typer.Option(help="Processes of --calibrate, 4 unless said.")] = None,
 ) -> None:
     """Tokens, memory, traffic, step time, hours and cost of a recipe on some hardware; refuses what can't work."""
     if calibrate:
         if recipe is not None or out is None:
             raise ValueError("--calibrate measures the machine and no recipe: cuboid plan --calibrate --out FILE.yaml")
-        measure(out, ranks)
+        given = {"--gpus": gpus is not None, "--gpu": gpu is not None, "--search": find, "--json": json}
+        if without := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(
+                f"{', '.join(without)} with --calibrate: it measures the machine that it runs on, and plans nothing; "
+                f"leave {'it' if len(without) == 1 else 'them'} out"
+            )
+        measure(out, 4 if ranks is None else ranks)
         log.line(f"measured: {out}; use it by --gpu {out}, or hardware.name={out} in a recipe")
         return
     if recipe is None:
         raise ValueError("name a recipe: cuboid plan RECIPE, or cuboid plan --calibrate --out FILE.yaml")
     if out is not None:
         raise ValueError(f"--out {out} is what --calibrate writes: leave it out, or the recipe")
+    if ranks is not None:
+        raise ValueError(f"--ranks {ranks} is the number of processes of --calibrate: leave it out")
     if gpus is not None and gpus < 1:
         raise ValueError(f"--gpus {gpus} must be at least 1")
     loaded = load_recipe(recipe, overrides or [])
@@ -82,11 +91,30 @@ class Part:
                 f"for which hardware? Say --gpu {'|'.join(hardware_names())}, or hardware.name in the recipe; "
                 "cuboid plan --calibrate --out FILE.yaml measures this machine for --gpu FILE.yaml"
             )
-        return load_hardware(name)
+        found = load_hardware(name)
+        try:
+            attention_rates(self.recipe, found)
+        except ValueError as error:
+            raise ValueError(f"{file_of(name)}: {error}") from None
+        return found
 
     def shape(self, gpus: int | None) -> MeshShape:
         """The mesh on so many GPUs, or on those that the recipe is for."""
         return resolve_mesh(self.recipe.mesh, num_ranks=gpus or self.recipe.hardware.gpus or None)
+
+    def notes(self, gpus: int | None) -> list[str]:
+        """What was taken for granted about the number of GPUs."""
+        if self.recipe.mesh.dp != "auto" or gpus or self.recipe.hardware.gpus:
+            return []
+        return [
+            f"mesh.dp is auto and --gpus isn't given: planned for {self.shape(None).world_size:,} GPUs, the least the "
+            "mesh can have"
+        ]
+
+
+def file_of(name: str) -> Path:
+    """Where a description lies."""
+    return FOLDER / f"{name}.yaml" if name in hardware_names() else Path(name)
 
 
 @contextmanager
@@ -105,7 +133,7 @@ def planned(parts: list[Part], gpu: str, gpus: int | None) -> tuple[list[str], o
     for part in parts:
         with of_stage(part.name):
             found.append(forecast(part.recipe, part.shape(gpus), part.hardware(gpu), stage=part.name))
-        lines += [*forecast_lines(found[-1]), ""]
+        lines += [*part.notes(gpus), *forecast_lines(found[-1]), ""]
     refusals = [
         f"stage {each.stage}: {each.memory.refusal()}" if each.stage else each.memory.refusal()
         for each in found
@@ -122,6 +150,7 @@ def ranked(parts: list[Part], gpu: str, gpus: int | None) -> tuple[list[str], ob
         with of_stage(part.name):
             number = gpus or part.recipe.hardware.gpus or part.shape(None).world_size
             layouts = search(part.recipe, part.hardware(gpu), gpus=number)
-        lines += [*([f"stage {part.name}"] if part.name else []), *layout_lines(layouts, stage=part.index), ""]
+        title = [f"stage {part.name}"] if part.name else []
+        lines += [*title, *part.notes(gpus), *layout_lines(layouts, stage=part.index), ""]
         plain.append({"stage": part.name, "layouts": layouts_json(layouts, stage=part.index)})
     return lines, {"version": VERSION, "stages": plain}, ""

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from framework.data.report_text import size, table
 from framework.forecast.encoding import ASSUMED_SHARE
 from framework.forecast.forecast import VERSION, BucketForecast, Forecast
-from framework.forecast.memory import Memory
+from framework.forecast.memory import TIGHT, Memory
 from framework.forecast.search import Layout
 from framework.plan.time import StepTime
 
@@ -88,12 +88,12 @@ def memory_lines(found: Forecast) -> list[str]:
     memory = found.memory
     parts = {name.replace("_", " "): value for name, value in memory.parts().items() if value}
     rows = [(f"  {name}", f"{value / 1e9:,.2f}") for name, value in parts.items()]
-    verdict = "fits" if memory.fits else "does NOT fit"
+    verdict = f"fits{', tight' * memory.tight}" if memory.fits else "does NOT fit"
     host = f"; {memory.host / 1e9:,.1f} GB more on the host" if memory.host else ""
     return [
         "memory of a rank at its peak, GB",
         *table(rows),
-        f"  {memory.total / 1e9:,.1f} of {memory.capacity / 1e9:,.1f} GB: {verdict}{host}",
+        f"  {memory.total / 1e9:,.1f} of {memory.capacity / 1e9:,.1f} GB ({memory.used:.0%}): {verdict}{host}",
     ]
 
 
@@ -135,7 +135,7 @@ def encoding_line(found: Forecast) -> str:
 def layout_lines(layouts: Sequence[Layout], *, stage: int | None = None, most: int = 10) -> list[str]:
     """The best layouts, a line each, and how to take the first."""
     best = layouts[0]
-    rows = [("step", "MFU", "GB", "mesh", "ZeRO", "recompute", "micro")]
+    rows = [("step", "MFU", "GB", "used", "mesh", "ZeRO", "recompute", "micro")]
     for layout in layouts[:most]:
         zero, execution = layout.recipe.zero, layout.recipe.execution
         parts = "" if zero.partition == "all" else f"/{zero.partition}"
@@ -146,6 +146,7 @@ def layout_lines(layouts: Sequence[Layout], *, stage: int | None = None, most: i
                 seconds(layout.time.total),
                 share(layout.time.mfu),
                 f"{layout.memory.total / 1e9:.1f}",
+                f"{layout.memory.used:.0%}{' tight' * layout.memory.tight}",
                 str(layout.shape),
                 f"{zero.engine} {zero.stage}{parts}{host}",
                 kept,
@@ -155,8 +156,16 @@ def layout_lines(layouts: Sequence[Layout], *, stage: int | None = None, most: i
     return [
         f"{len(layouts):,} layouts fit; the fastest:",
         *table(rows),
+        *tight_lines(layouts[:most]),
         f"the first as words: {' '.join(staged(best.words, stage))}",
     ]
+
+
+def tight_lines(layouts: Sequence[Layout]) -> list[str]:
+    """What `tight` means, where one is."""
+    if not any(layout.memory.tight for layout in layouts):
+        return []
+    return [f"tight: above {TIGHT:.0%} of the memory, which the count may be wrong by: try it before a long run"]
 
 
 def to_json(found: Sequence[Forecast]) -> dict[str, object]:
@@ -187,7 +196,9 @@ def memory_json(memory: Memory) -> dict[str, object]:
         "total": memory.total,
         "host": memory.host,
         "capacity": memory.capacity,
+        "used": memory.used,
         "fits": memory.fits,
+        "tight": memory.tight,
     }
 
 

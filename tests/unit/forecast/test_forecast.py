@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from framework.cli import app
 from framework.forecast.forecast import forecast
 from framework.forecast.search import search
-from framework.forecast.text import to_json
+from framework.forecast.text import forecast_lines, layout_lines, memory_json, to_json
 from framework.launch.check import check_memory
 from framework.parallel.config import MeshShape, resolve_mesh
 from framework.plan.hardware import gpu_of, load_hardware
@@ -146,6 +146,37 @@ def test_a_search_reads_the_files_of_a_tokenizer_twice(monkeypatch: pytest.Monke
     assert all(layout.recipe.tokenizer == recipe.tokenizer for layout in layouts), "the recipe's own"
 
 
+def test_what_fits_by_less_than_the_count_may_be_wrong_by_is_called_tight(wan: Recipe) -> None:
+    shape = resolve_mesh(wan.mesh, num_ranks=None)
+    need = forecast(wan, shape, H100).memory.total
+    said = []
+    for share in (0.94, 0.96, 1.04):
+        device = replace(H100.device, memory=need / share)
+        found = forecast(wan, shape, replace(H100, device=device))
+        plain = memory_json(found.memory)
+        assert plain["used"] == pytest.approx(share)
+        line = next(line for line in forecast_lines(found) if " GB (" in line)
+        assert f"({share:.0%})" in line
+        said.append((plain["fits"], plain["tight"], line.partition("): ")[2]))
+    assert said == [(True, False, "fits"), (True, True, "fits, tight"), (False, False, "does NOT fit")]
+
+
+def test_a_tight_layout_is_marked_where_it_ranks(wan: Recipe) -> None:
+    layouts = search(wan, H100, gpus=128)
+    some = [next(layout for layout in layouts if layout.memory.tight is tight) for tight in (True, False)]
+    lines = layout_lines(some)
+    assert "% tight" in lines[2] and "tight" not in lines[3] and lines[4].startswith("tight: above 95%")
+    assert not any("tight" in line for line in layout_lines(some[1:]))
+
+
+@pytest.mark.parametrize("words", [[], ["--search"]])
+def test_a_mesh_of_as_many_as_there_are_says_for_how_many_it_was_planned(words: list[str]) -> None:
+    recipe = [str(RECIPES / "wan2.1-1.3b.yaml"), "mesh.dp=auto", "mesh.ulysses=2", "--gpu", "h100", *words]
+    found = CliRunner().invoke(app, ["plan", *recipe])
+    assert found.output.startswith("mesh.dp is auto and --gpus isn't given: planned for 2 GPUs, the least"), found
+    assert "mesh.dp is auto" not in CliRunner().invoke(app, ["plan", *recipe, "--gpus", "4"]).output
+
+
 def test_empty_slots_are_no_work(wan: Recipe) -> None:
     """64 samples for 128 replicas: half of them compute nothing that counts."""
     recipe = load_recipe(RECIPES / "wan2.1-1.3b.yaml", ["mesh.dp=128"])
@@ -217,6 +248,12 @@ def test_a_search_on_a_device_that_is_too_small_says_what_is_the_least(wan: Reci
         (["wan2.1-14b.yaml", "mesh.dp=1", "mesh.tp=1", "zero.stage=2"], "a rank needs .* GB and the device has 84.9"),
         (["wan2.1-14b.yaml", "--gpu", "h1000"], "did you mean h100"),
         ([], "name a recipe"),
+        (["--calibrate", "--out", "FILE.yaml", "--gpu", "h100", "--gpus", "8"], "--gpus, --gpu with --calibrate"),
+        (["wan2.1-14b.yaml", "--ranks", "2"], "--ranks 2 is the number of processes of --calibrate"),
+        (
+            ["wan2.1-14b.yaml", "precision.parameters=float64"],
+            r"hardware/h100.yaml: device.attention.reference isn't described",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_number(words: list[str], message: str) -> None:
