@@ -305,19 +305,26 @@ def table(found: Sequence[Measured], times: int) -> list[str]:
     return lines
 
 
+def against(found: Sequence[Measured], times: int, steps: int, levels: str, arms: tuple[str, str]) -> tuple[str, bool]:
+    """The first arm's losses against the second's, seed by seed, in words; whether all are below."""
+    own, other = (values(found, times, arm, steps, levels) for arm in arms)
+    below = sum(one < two for one, two in zip(own, other, strict=True))
+    change = median(one / two - 1 for one, two in zip(own, other, strict=True))
+    return f"{change:+.2%} (below in {below} of {len(own)})", below == len(own)
+
+
 def verdicts(found: Sequence[Measured], times: int) -> list[str]:
-    """Each arm against `as is`, seed by seed."""
-    lines = []
+    """Each arm against `as is`, positions under the new shift as well, and whether the whole is below."""
+    pairs = (("positions", "as is"), ("shift", "as is"), ("both", "as is"), ("both", "shift"))
+    lines = [f"median change of the loss, x{times}: " + ", ".join(f"{one} / {two}" for one, two in pairs)]
     for steps in AFTER:
         for levels in ("old", "new"):
-            plain = values(found, times, "as is", steps, levels)
-            words = []
-            for arm in ARMS[1:]:
-                pairs = list(zip(values(found, times, arm, steps, levels), plain, strict=True))
-                below = sum(own < other for own, other in pairs)
-                change = median(own / other - 1 for own, other in pairs)
-                words.append(f"{arm} {change:+.2%} (below in {below} of {len(pairs)})")
-            lines.append(f"x{times}, {steps:>3} steps, {levels} levels: " + ", ".join(words))
+            words = (against(found, times, steps, levels, pair)[0] for pair in pairs)
+            lines.append(f"  {steps:>3} steps, {levels} levels: " + ", ".join(words))
+    for steps in AFTER:
+        holds = all(against(found, times, steps, levels, ("both", "as is"))[1] for levels in ("old", "new"))
+        said = "in every seed and at both levels" if holds else "NOT in every seed at both levels"
+        lines.append(f"verdict, {steps} steps after the hand-over: scaled positions and shift are below as is {said}")
     return lines
 
 
