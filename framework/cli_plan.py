@@ -100,7 +100,8 @@ class Part:
 
     def shape(self, gpus: int | None) -> MeshShape:
         """The mesh on so many GPUs, or on those that the recipe is for."""
-        return resolve_mesh(self.recipe.mesh, num_ranks=gpus or self.recipe.hardware.gpus or None)
+        heads, ranks = self.recipe.model.num_attention_heads, gpus or self.recipe.hardware.gpus or None
+        return resolve_mesh(self.recipe.mesh, num_ranks=ranks, heads=heads)
 
     def notes(self, gpus: int | None) -> list[str]:
         """What was taken for granted about the number of GPUs."""

@@ -196,6 +196,8 @@ def read_hardware(tree: dict[str, Any], path: Path) -> Hardware:
         raise ValueError(f"{path}: network.domain is {values['network.domain']}: a number of devices")
     if values["network.overlap"] > 1:
         raise ValueError(f"{path}: network.overlap is {values['network.overlap']}: a share, at most 1")
+    if ("network.skew" in values) != ("network.stretch" in values):
+        raise ValueError(f"{path}: network.skew and network.stretch are measured together: give both or neither")
     sources = MappingProxyType({name: leaf["source"] for name, leaf in leaves.items()})
     return Hardware(path.stem, device_of(kind, values), network_of(values), sources)
 

@@ -241,14 +241,16 @@ def ring_exchange(shape: MeshShape, hardware: Hardware, own: Own, flops: float, 
 def zero_calls(
     recipe: Recipe, shape: MeshShape, hardware: Hardware, weights: Weights, num_micro: int
 ) -> dict[Kind, float]:
-    """Collectives of the engine in a step, one after another."""
-    zero = recipe.zero
-    size = zero.partition_size(shape.dp * shape.cp)
+    """Collectives of the engine in a step, one after another; none where one rank holds everything."""
+    zero, ranks = recipe.zero, shape.dp * shape.cp
+    size = zero.partition_size(ranks)
+    if ranks == 1:
+        return {"all_gather": 0, "reduce_scatter": 0, "reduce": 0}
     buckets = -(-weights.trained // zero.bucket_size)
     groups = recipe.model.num_layers + 1
     if zero.engine == "fsdp2":
         gathers = groups * (2 * num_micro if zero.stage == 3 else 1)
-        return {"all_gather": gathers, "reduce_scatter": groups * num_micro, "all_reduce": groups}
+        return {"all_gather": gathers, "reduce_scatter": groups * num_micro, "all_reduce": groups * (size < ranks)}
     if zero.stage == 3:
         # What persists is gathered after the update, all at once, of which gloo runs two at a time; the others where
         # they are used.
@@ -262,7 +264,7 @@ def zero_calls(
 
 def skew_seconds(network: Network, computed: float, exchanges: float) -> float:
     """What ranks wait for the slowest at so many exchanges."""
-    if not exchanges:
+    if not computed:
         return 0.0
     return network.skew * computed * min(1.0, (network.stretch * exchanges / computed) ** 0.5)
 

@@ -210,6 +210,7 @@ def test_an_engines_collectives_by_hand(tmp_path: Path, engine: str, stage: int,
     if (engine, stage) == ("deepspeed", 3):  # two of those that persist at a time
         calls = calls | {"all_gather": 30 + 36}
     assert zero_calls(recipe, shape, machine(), weights, 2) == calls
+    assert not any(zero_calls(recipe, MeshShape(1, 1, 1, 4), machine(), weights, 2).values())
 
 
 def test_a_reduction_to_one_rank_has_a_kind_of_its_own(tmp_path: Path) -> None:
