@@ -22,7 +22,7 @@ from framework.parallel.fake import fake_mesh
 from framework.parallel.mesh import Mesh
 from framework.plan.traffic import MicroShape
 from framework.programs import build
-from framework.recipe import Recipe, load_recipe, resolve_auto
+from framework.recipe import Recipe, bucket_timesteps, load_recipe, resolve_auto
 
 TO_HOST = offload.to_host
 
@@ -121,7 +121,10 @@ def count(recipe: Recipe, mesh: Mesh, before: int) -> Counted:
     held = [p._local_tensor if isinstance(p, DTensor) else p for p in held]
     states = storage_bytes([*held, *(fragment.flat for fragment in engine.fragments())])
     work = build.build_schedule(recipe, streams_of(recipe), build.bucket_meshes(recipe, mesh))[2]
-    micros = tuple(MicroShape(micro.bucket, len(micro.slots), 16) for micro in work.micro_batches)
+    micros = tuple(
+        MicroShape(micro.bucket, len(micro.slots), 16, timesteps=bucket_timesteps(recipe, micro.bucket))
+        for micro in work.micro_batches
+    )
     sizes = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     engine.destroy()
     return Counted(mesh.shape, micros, sizes, states, backward - before, meter.peak - before, meter.host)

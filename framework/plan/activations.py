@@ -15,7 +15,10 @@ a block keeps from its forward, without recompute,
     2 h     before and after gelu
     and per token a few numbers: lse, means and roots of the norms; keys and values of the text
 
-By chunks (`chunk_tokens`) 5 x take the place of the 7 w, and a chunk's h is there while it runs. A recomputed block
+Where each frame has a timestep of its own (t of them), scales and gates are spread to tokens: 4 w more in a block, and
+w in the head; shifts are not kept.
+
+By chunks (`chunk_tokens`) 5 x take the place of those w, and a chunk's h is there while it runs. A recomputed block
 keeps x, or x and q, k, v, out and lse, and is whole in its own backward alone. What comes on top there is given at its
 greatest: of the last gate, whose backward makes 4 w (the gradient, two products, and a factor times 1); of the
 feed-forward, at its second linear; of the ring's and Ulysses' exchanges. So it is of the head, which keeps 2 w.
@@ -54,7 +57,9 @@ class ActivationBytes:
 
 @dataclass(frozen=True)
 class Units:
-    """The letters of the docstring, in bytes; attended: q, k, v and out of self-attention, with lse. few: B n s p."""
+    """The letters of the docstring, in bytes; attended: q, k, v and out of self-attention, with lse. few: B n s p.
+    spread: w where each frame has a timestep of its own, else 0.
+    """
 
     x: int
     w: int
@@ -65,17 +70,13 @@ class Units:
     part: float
     c: int
     p: int
+    spread: int
 
 
 def activation_bytes(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> ActivationBytes:
     """Of a micro-batch on a mesh. Raises ValueError where there is no formula."""
     if recipe.lora.rank or recipe.train.trainable:
         raise ValueError("activations have no formula where weights are frozen: drop lora.rank and train.trainable")
-    if micro.timesteps != 1:
-        raise ValueError(
-            "flow.timesteps.per_frame=true: the memory of a noise level for each frame has no formula yet; plan with "
-            "flow.timesteps.per_frame=false, and leave a few GB"
-        )
     degrees = split_shape(shape, *bucket_degrees(recipe, micro.bucket))
     units = units_of(recipe, degrees, micro)
     inputs, execution, layers = input_bytes(recipe, degrees, micro), recipe.execution, recipe.model.num_layers
@@ -117,6 +118,7 @@ def units_of(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> Units:
         part=size / per_rank,
         c=c,
         p=p,
+        spread=own * model.width * p * (micro.timesteps > 1),
     )
 
 
@@ -134,7 +136,9 @@ def block_keeps(recipe: Recipe, shape: MeshShape, micro: MicroShape, units: Unit
     attention = 2 * units.x + kept_attention(shape, units) + 3 * units.x + 3 * text
     norms = 5 * units.x if recipe.execution.chunk_tokens else 7 * units.w
     hidden = 0 if recipe.execution.chunk_tokens else 2 * units.h
-    table = 8 * micro.samples * model.width * units.p
+    table = 8 * micro.samples * micro.timesteps * model.width * units.p
+    if not recipe.execution.chunk_tokens:
+        norms += 4 * units.spread
     return norms + 3 * units.g + attention + hidden + table + int(few)
 
 
@@ -153,14 +157,14 @@ def block_peak(recipe: Recipe, shape: MeshShape, units: Units, whole: int) -> in
 
 def head_keeps(recipe: Recipe, micro: MicroShape, units: Units) -> int:
     """In its forward: x, what is normed and what is modulated."""
-    return head_peak(recipe, micro, units) // 2
+    return (head_peak(recipe, micro, units) + units.spread * (not recipe.execution.loss_chunk_tokens)) // 2
 
 
 def head_peak(recipe: Recipe, micro: MicroShape, units: Units) -> int:
     """The most of head and loss: in the backward of the modulation, or of the loss."""
     size = recipe.execution.loss_chunk_tokens
     if not size:
-        return 6 * units.w
+        return 6 * units.w + units.spread
     rows = units.w // (recipe.model.width * units.p * micro.samples)
     part = min(size, rows) / rows
     return 2 * units.x + int(6 * part * units.w)
@@ -177,5 +181,5 @@ def input_bytes(recipe: Recipe, shape: MeshShape, micro: MicroShape) -> int:
     rotation = tokens * model.attention_head_dim * p
     patches = tokens // shape.tp * model.in_patch_dim * c
     text = micro.samples * micro.text * (4 * model.text_dim + c * model.text_dim + 4 * c * model.width)
-    time = micro.samples * model.width * 16 * p
+    time = micro.samples * micro.timesteps * model.width * 16 * p
     return latents + positions + rotation + patches + text + time

@@ -25,11 +25,12 @@ STAGE = {
 BF16, OFFLOAD = "precision.parameters=bfloat16", "execution.offload=true"
 ALL, KEEP = (f"execution.recompute={policy}" for policy in ("all", "keep_attention"))
 TWO, CHUNKS, LOSS = "execution.recompute_blocks=2", "execution.chunk_tokens=64", "execution.loss_chunk_tokens=64"
+PER_FRAME = "flow.timesteps.per_frame=true"
 CELLS: list[tuple[str, list[str]]] = [
     ("f2", []),
     ("f3", [ALL]),
     ("f3", [KEEP, BF16]),
-    ("f2", [TP, BF16]),
+    ("f3", [TP, BF16, PER_FRAME]),
     ("f3", [TP, ALL]),
     ("f3", [RING, BF16]),
     ("f3", [ULYSSES, KEEP]),
