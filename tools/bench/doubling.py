@@ -22,6 +22,12 @@ says how much the model uses the positions of frames at all.
 Data: tiles of 32x32 pixels of one film at three sizes, the half of them that moves most. Every fifth tile is held out
 in all of its time, so held-out clips are other places of the same moments. Latents are the DCT tokenizer's, one for
 each frame (as it codes a first frame), so that 16 frames are 16 positions and twice as many are far beyond them.
+
+Measured on two CPU cores, x2, change of the loss at the hand-over by riflex, which `cuboid scale` chooses, at the old
+levels: after 600 steps on the short clips -1.6, -1.7 and -0.3 % (3 seeds), after 1,200 steps -2.7 and -1.7 % (2 seeds);
+by interpolation -2.0, -2.0, -0.5 % and -3.3, -2.3 %. Scaled positions stay below at every later mark, with either
+shift. What the shift does by itself is within the spread of the seeds, up or down, so that 100 steps later both
+together aren't below `as is` in every seed.
 """
 
 import argparse
