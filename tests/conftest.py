@@ -7,6 +7,15 @@ import pytest
 from object_store import ObjectStore
 from tiny import write_latents, write_recipe
 
+UNIT = Path(__file__).parent / "unit"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`alone`: tests outside tests/unit, whose ranks take every core; in it, files that time things say so."""
+    for item in items:
+        if not item.path.is_relative_to(UNIT):
+            item.add_marker(pytest.mark.alone)
+
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,5 +1,6 @@
 """The most bytes of a step, counted storage by storage, against the formula (framework/plan/peak.py)."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peak_ranks
@@ -35,15 +36,12 @@ CELLS: list[tuple[str, list[str]]] = [
     ("f3", [RING, BF16]),
     ("f3", [ULYSSES, KEEP]),
     ("f2", [ALL, TWO]),
-    ("f3", [CHUNKS]),
     ("f3", [CHUNKS, LOSS, ALL, BF16]),
     ("f3", [ALL, OFFLOAD, BF16]),
     ("f2", [KEEP, OFFLOAD, TWO]),
     ("f3", [TP, CHUNKS, BF16]),
-    ("d1", [BF16]),
     ("d1", [ALL]),
     ("d2", [KEEP]),
-    ("d2", [TP, BF16]),
     ("d2", [RING, ALL]),
     ("d3", [BF16]),
     ("d3", [ULYSSES, ALL]),
@@ -79,7 +77,17 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def counted(recipe: Path) -> list[Counted]:
     cells = [(words_of(cell), ranks_of(cell)) for cell in CELLS]
-    return run_ranks(peak_ranks.count_cells, 1, recipe, cells, timeout=500)[0]
+
+    def count(first: int) -> list[Counted]:
+        return run_ranks(peak_ranks.count_cells, 1, recipe, cells[first::2], timeout=500)[0]
+
+    with ThreadPoolExecutor(2) as pool:  # a process each: every cell is a computation of one core
+        halves = list(pool.map(count, range(2)))
+    return [halves[number % 2][number // 2] for number in range(len(cells))]
+
+
+def test_there_are_enough_cells() -> None:
+    assert len(CELLS) >= 20
 
 
 @pytest.mark.timeout(600)

@@ -11,6 +11,8 @@ from typing import Final
 import pytest
 from syntax import MODULES
 
+pytestmark = pytest.mark.alone  # starts are timed
+
 SLOW: Final = ("torch", "deepspeed", "streaming", "transformers")
 FAST: Final = (
     {"cli", "recipe", "run", "environment", "shapes", "keys", "log", "launch.local", "data.shards", "data.buckets"}

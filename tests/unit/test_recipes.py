@@ -20,6 +20,8 @@ from framework.plan.parameters import elements_of, parameter_shapes
 from framework.recipe import Recipe, bucket_tokens, load_recipe
 from framework.stages.recipes import stage_recipe, stages_of
 
+pytestmark = pytest.mark.alone  # ranks
+
 FOLDER = Path(__file__).parents[2] / "recipes"
 ALL = {str(path.relative_to(FOLDER)): path for path in sorted(FOLDER.rglob("*.yaml"))}
 BASES = [name for name in ALL if name.startswith(("models/", "data/"))]

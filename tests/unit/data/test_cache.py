@@ -18,6 +18,8 @@ from framework.data.patience import BadShard, Closed
 from framework.data.shards import ShardDirectory, read_row
 from framework.storage.request import PassingError
 
+pytestmark = pytest.mark.alone  # waits are timed
+
 ROWS, SIZE = 4, 1000
 FILE = 4 * (2 + ROWS) + ROWS * SIZE
 

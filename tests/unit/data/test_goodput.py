@@ -23,6 +23,8 @@ from framework.data.goodput import (
     simulate_draws,
 )
 
+pytestmark = pytest.mark.alone  # work is timed
+
 BENCH = Path(__file__).parents[3] / "tools/bench/balance.py"
 
 # Two ranks at 1 FLOP/s, a cost of tokens^2. A: a sample a rank. B: both ranks share a sample, 9 tokens padded to 10.

@@ -16,6 +16,8 @@ from framework.data.order import Order, View
 from framework.data.schedule import MicroBatch, Place, Position, Schedule, Slot, cut, pick
 from framework.data.shards import LATENT_SCHEMA, Schema
 
+pytestmark = pytest.mark.alone  # work is timed
+
 DEGREES = [1, 2, 3, 4, 5, 8]
 
 

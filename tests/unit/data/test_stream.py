@@ -16,6 +16,8 @@ from framework.data.shards import ShardDirectory
 from framework.data.stream import MOST_OPEN, ShardStore, Visit
 from framework.storage.directory import Directory
 
+pytestmark = pytest.mark.alone  # waits are timed
+
 ROWS, SIZE = 4, 1000
 FILE = 4 * (2 + ROWS) + ROWS * SIZE
 

@@ -22,6 +22,8 @@ from framework.data.decode import decode_clip
 from framework.data.workers import DecodeJob, DecodePool
 from framework.shapes import ClipShape
 
+pytestmark = pytest.mark.alone  # waits are timed
+
 # Says its workers, begins jobs without end, and waits to be killed.
 PARENT = """
 import os, sys

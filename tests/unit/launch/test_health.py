@@ -26,6 +26,8 @@ from framework.launch.health import (
 from framework.launch.local import free_port
 from framework.launch.node_checks import check_command, check_disk, check_memory, check_shm
 
+pytestmark = pytest.mark.alone  # ranks, and waits are timed
+
 FULL = HealthConfig(level="full", timeout=60, disk=0, shm=0, host=0)
 
 

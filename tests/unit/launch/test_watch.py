@@ -18,6 +18,8 @@ from framework.programs.config import WatchConfig
 from framework.run import Run, open_attempt
 from framework.stacks import stack_file
 
+pytestmark = pytest.mark.alone  # waits are timed
+
 LIMITS = WatchConfig(start=100.0, step=10.0, save=50.0)
 BEAT = Heartbeat(attempt=0, phase="step", time=1000.0, since=1000.0)
 

@@ -317,6 +317,7 @@ def test_bytes_are_the_ledgers(tmp_path: Path, shape: MeshShape, words: tuple[st
     assert engine_sent(recipe, shape, len(micros), weights) == pytest.approx(engine, rel=1e-12)
 
 
+@pytest.mark.alone
 def test_a_search_can_ask_thousands_of_times(tmp_path: Path) -> None:
     """0.3 ms of processor time, the best of some; 40 layers cost what 2 do."""
     recipe, hardware = recipe_of(tmp_path, "model.num_layers=40", "mesh.ulysses=2"), load_hardware("h100")
