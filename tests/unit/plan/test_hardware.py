@@ -26,6 +26,7 @@ CASES = [
     ({"device__memory": {"value": 1, "source": ""}}, r"device.memory must have a value and a source"),
     ({"network__overlap": 1.5}, r"network.overlap is 1.5: a share, at most 1"),
     ({"network__skew": -0.1}, r"network.skew is -0.1: it must be a number at least 0"),
+    ({"network__skew": 0.1}, r"network.skew and network.stretch are measured together"),
     ({"network__stretch": 0}, r"network.stretch is 0: it must be a number above 0"),
     ({"device__kind": "tpu"}, r"device.kind must be gpu or cpu, not 'tpu'"),
 ]
