@@ -15,6 +15,8 @@ from framework.launch.cancel import cancel
 from framework.launch.facts import read_facts
 from framework.launch.queue import GONE, JobState, NoScheduler
 
+pytestmark = pytest.mark.alone  # waits are timed
+
 HOLDS = """
 import signal, sys, time
 from pathlib import Path

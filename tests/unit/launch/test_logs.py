@@ -17,6 +17,8 @@ from framework.history import Event, History
 from framework.launch.logs import LogRequest, check_request, follow_log, print_log
 from framework.run import open_attempt
 
+pytestmark = pytest.mark.alone  # waits are timed
+
 
 def write_log(run: Path, attempt: int, name: str, text: str) -> None:
     open_attempt(run, attempt)

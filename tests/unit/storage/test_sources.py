@@ -18,6 +18,8 @@ from framework.storage.request import OfProcess, StoreError, persist, read_range
 from framework.storage.s3 import S3
 from framework.storage.storage import open_source, open_storage
 
+pytestmark = pytest.mark.alone  # waits are timed
+
 AZURE = ("AZURE_STORAGE_CONNECTION_STRING", "AZURE_ACCOUNT_NAME", "AZURE_ACCOUNT_ACCESS_KEY")
 
 
