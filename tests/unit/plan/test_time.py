@@ -198,8 +198,8 @@ CALLS = [
 @pytest.mark.parametrize(("engine", "stage", "calls"), CALLS)
 def test_an_engines_collectives_by_hand(tmp_path: Path, engine: str, stage: int, calls: dict[str, int]) -> None:
     """Of 2 micro-batches on 4 ranks, one replica. 26,760 elements are 3 buckets, of which each of 3 borders between the
-    ranks' parts cuts one; 2 blocks and the rest are 3 groups. Of 69 parameters 9 have more than 700 elements: 2 a block,
-    of 24 x 32; and 5 around them, of 768, 768, 768, 3456 and 6144.
+    ranks' parts cuts one; 2 blocks and the rest are 3 groups. Of 69 parameters 9 have more than 700 elements: two a
+    block, of 24 x 32; and 5 around them, of 768, 768, 768, 3456 and 6144.
     """
     words = (f"zero.engine={engine}", f"zero.stage={stage}", "zero.bucket_size=10000", "zero.persistence=700")
     shape = MeshShape(4, 1, 1, 1)
