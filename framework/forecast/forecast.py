@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from framework.data.splits import resolve_degrees
 from framework.forecast.draws import Draw, deal_of, draws_of
+from framework.forecast.encoders import resident_bytes
 from framework.forecast.encoding import encoder_seconds, latent_bytes
 from framework.forecast.memory import Held, Memory, memory_of
 from framework.forecast.step import mean_step, step_of
@@ -112,7 +113,7 @@ def forecast(recipe: Recipe, shape: MeshShape, hardware: Hardware, *, stage: str
         parameters=total,
         trained=trained,
         buckets=buckets,
-        memory=memory_of(recipe, hardware, Held(shape, draws), weights),
+        memory=memory_of(recipe, hardware, Held(shape, draws, resident_bytes(recipe)), weights),
         traffic=traffic_of(recipe, shape, draws, weights),
         time=time,
         steps=recipe.train.steps,

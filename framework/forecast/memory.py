@@ -3,11 +3,12 @@ communicators take, and what the allocator reserves besides. What counts against
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final
 
 from framework.data.splits import resolve_degrees
 from framework.forecast.draws import Draw, deal_of, draws_of
+from framework.forecast.encoders import resident_bytes
 from framework.models.config import ExecutionConfig
 from framework.parallel.config import AXES, GROUP_AXES, MeshShape
 from framework.plan.activations import ActivationBytes
@@ -18,16 +19,18 @@ from framework.recipe import Recipe
 
 # The formula came to within 3 % of what a GPU had allocated at best, and what the allocator reserves is assumed.
 TIGHT: Final = 0.95
+OWN: Final = ("ema", "encoders", "communicators", "context", "headroom")  # of Memory, beside the step's
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of a rank. step: what a step allocates, in the bucket that needs the most. ema: its part of the average.
-    headroom: reserved and not allocated. capacity: of the device.
+    encoders: those that stay (encoders.py). headroom: reserved and not allocated. capacity: of the device.
     """
 
     step: StepPeak
     ema: float
+    encoders: float
     communicators: float
     context: float
     headroom: float
@@ -35,7 +38,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.step.total + self.ema + self.communicators + self.context + self.headroom
+        return self.step.total + sum(getattr(self, name) for name in OWN)
 
     @property
     def host(self) -> float:
@@ -58,8 +61,7 @@ class Memory:
 
     def parts(self) -> dict[str, float]:
         """By name; their sum is the total."""
-        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("step", "capacity")}
-        return {**self.step.parts(), **own}
+        return {**self.step.parts(), **{name: getattr(self, name) for name in OWN}}
 
     def refusal(self) -> str:
         """Why it doesn't fit."""
@@ -73,11 +75,11 @@ class Memory:
 
 class Held:
     """What a rank of a mesh holds whatever its engine is, for recipes that differ in zero and execution alone: a search
-    asks for the same again and again.
+    asks for the same again and again. encoders: bytes of those that stay.
     """
 
-    def __init__(self, shape: MeshShape, draws: Sequence[Draw]) -> None:
-        self.shape, self.draws = shape, draws
+    def __init__(self, shape: MeshShape, draws: Sequence[Draw], encoders: float) -> None:
+        self.shape, self.draws, self.encoders = shape, draws, encoders
         self.communicators = num_communicators([shape, *(draw.shape for draw in draws)])
         self._activations: dict[ExecutionConfig, list[ActivationBytes]] = {}
 
@@ -103,9 +105,10 @@ def memory_of(recipe: Recipe, hardware: Hardware, held: Held, weights: Weights) 
     return Memory(
         step=step,
         ema=ema,
+        encoders=held.encoders,
         communicators=device.communicator * held.communicators,
         context=device.context,
-        headroom=(device.headroom - 1) * (step.total + ema),
+        headroom=(device.headroom - 1) * (step.total + ema + held.encoders),
         capacity=device.memory,
     )
 
@@ -114,7 +117,7 @@ def plan_memory(recipe: Recipe, shape: MeshShape, hardware: Hardware) -> Memory:
     """Of a rank, from the recipe alone. Raises ValueError where the mesh can't be split as the buckets say."""
     recipe = resolve_degrees(recipe, shape)
     draws = draws_of(recipe, shape, deal_of(recipe))
-    return memory_of(recipe, hardware, Held(shape, draws), weights_of(recipe, shape.tp))
+    return memory_of(recipe, hardware, Held(shape, draws, resident_bytes(recipe)), weights_of(recipe, shape.tp))
 
 
 def num_communicators(shapes: Iterable[MeshShape]) -> int:

@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from framework.data.splits import resolve_degrees
 from framework.forecast.draws import Deal, deal_of, draws_of
+from framework.forecast.encoders import resident_bytes
 from framework.forecast.memory import Held, Memory, memory_of
 from framework.forecast.step import mean_step
 from framework.models.config import ExecutionConfig, check_execution
@@ -80,7 +81,7 @@ class Layout:
 
 def search(recipe: Recipe, hardware: Hardware, *, gpus: int) -> list[Layout]:
     """The layouts that fit, by the time of a step. Raises ValueError where there is none, with what is nearest."""
-    tokenizer, recipe = recipe.tokenizer, without_files(recipe)
+    tokenizer, encoders, recipe = recipe.tokenizer, resident_bytes(recipe), without_files(recipe)
     deal, found = deal_of(recipe), []
     rungs: dict[ZeroConfig, list[tuple[ZeroConfig, ExecutionConfig]]] = {}
     freed = tuple(index for index, b in enumerate(recipe.data.buckets) if b.ring is not None or b.ulysses is not None)
@@ -89,7 +90,7 @@ def search(recipe: Recipe, hardware: Hardware, *, gpus: int) -> list[Layout]:
     for shape in meshes(recipe, hardware, deal, gpus=gpus):
         meshed = with_mesh(recipe, shape, deal)
         sized = [replace(meshed, data=replace(meshed.data, micro_batch=size)) for size in micro_batches(deal, shape)]
-        drawn = [(each, Held(shape, draws_of(each, shape, deal))) for each in sized]
+        drawn = [(each, Held(shape, draws_of(each, shape, deal), encoders)) for each in sized]
         for (each, held), zero in product(drawn, zeros(recipe, hardware, shape)):
             if zero not in rungs:
                 rungs[zero] = rungs_of(recipe, zero)

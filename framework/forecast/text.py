@@ -116,7 +116,8 @@ def end_lines(found: Forecast) -> list[str]:
         f"a checkpoint is {size(found.checkpoint)}, and a step waits {seconds(found.stall)} for its copy; the samples "
         f"as latents, each as often as it is drawn: {size(found.latents)}",
         encoding_line(found),
-        "data are taken to be encoded ahead (cuboid encode): no encoder is on the device",
+        "data are taken to be encoded ahead (cuboid encode): "
+        + ("encoders are on the device for samples.every" if found.memory.encoders else "no encoder is on the device"),
     ]
 
 

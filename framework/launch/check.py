@@ -123,7 +123,7 @@ def check_memory(recipe: Recipe, shape: MeshShape, gpu: str, *, num_bytes: float
     that it has. Where neither the GPU is described nor the recipe's hardware, nobody knows.
     """
     described = gpu_of(gpu) or recipe.hardware.name
-    if not described or recipe.flow.timesteps.per_frame:  # which has no formula (plan/activations.py)
+    if not described:
         return
     hardware = load_hardware(described)
     if hardware.device.kind != "gpu":
