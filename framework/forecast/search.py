@@ -89,7 +89,9 @@ def search(recipe: Recipe, hardware: Hardware, *, gpus: int) -> list[Layout]:
     nearest: Memory | None = None
     for shape in meshes(recipe, hardware, deal, gpus=gpus):
         meshed = with_mesh(recipe, shape, deal)
-        sized = [replace(meshed, data=replace(meshed.data, micro_batch=size)) for size in micro_batches(deal, shape)]
+        sized = [
+            replace(meshed, data=replace(meshed.data, micro_batch=size)) for size in micro_batches(meshed, deal, shape)
+        ]
         drawn = [(each, Held(shape, draws_of(each, shape, deal), encoders)) for each in sized]
         for (each, held), zero in product(drawn, zeros(recipe, hardware, shape)):
             if zero not in rungs:
@@ -138,10 +140,10 @@ def with_mesh(recipe: Recipe, shape: MeshShape, deal: Deal) -> Recipe:
     return resolve_degrees(found, shape, sizes=deal.batches.sizes) if several else found
 
 
-def micro_batches(deal: Deal, shape: MeshShape) -> list[int]:
-    """Samples of a forward, as far as a replica has so many."""
+def micro_batches(recipe: Recipe, deal: Deal, shape: MeshShape) -> list[int]:
+    """Samples of a forward, as far as a replica has so many; the recipe's own number is one to try."""
     rows = -(-min(deal.batches.sizes) // shape.dp)
-    return [size for size in SIZES if size <= rows]
+    return sorted(size for size in {*SIZES, recipe.data.micro_batch} if size <= rows)
 
 
 def zeros(recipe: Recipe, hardware: Hardware, shape: MeshShape) -> list[ZeroConfig]:

@@ -97,6 +97,11 @@ def test_a_search_finds_what_fits_the_fastest_first(wan: Recipe) -> None:
     assert times[0] <= mine.time.total, "the recipe's own layout is one of them"
 
 
+def test_a_search_tries_the_recipes_own_micro_batch() -> None:
+    recipe = load_recipe(RECIPES / "wan2.1-1.3b.yaml", ["data.micro_batch=3", "mesh.dp=16"])
+    assert {layout.recipe.data.micro_batch for layout in search(recipe, H100, gpus=16)} == {1, 2, 3, 4}
+
+
 @pytest.mark.parametrize(
     "words",
     [
