@@ -41,6 +41,7 @@ from framework.tokenizer.config import tokenizer_strides
 RopeTime = Literal["none", "interpolation", "ntk", "riflex"]
 RIFLEX_LIMIT: Final = 3.0  # published: 2 without training, 3 with; beyond it, pairs that it leaves alone repeat too
 WARMUP: Final = 100
+KEPT: Final = ("all", "keep_attention", "none")  # recompute, by what it keeps
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,9 @@ def placement_changes(old: Recipe, new: Recipe, placement: Placement, gpus: int 
     if len(old.data.buckets) > len(longest(old)):
         reason = "the shorter buckets take as few ranks a sample as deal out evenly"
         changes.append(Change("data.degrees", old.data.degrees, "auto", reason))
-    reason = f"{now:,} tokens a rank instead of {held:,} leave no room to keep as much for the backward"
+    keeps_more = KEPT.index(placement.recompute) > KEPT.index(old.execution.recompute)
+    room = "room to keep more" if keeps_more else "no room to keep as much"
+    reason = f"{now:,} tokens a rank instead of {held:,} leave {room} for the backward"
     return [*changes, Change("execution.recompute", old.execution.recompute, placement.recompute, reason)]
 
 

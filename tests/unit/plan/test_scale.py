@@ -150,6 +150,8 @@ def test_the_fastest_mesh_leaves_each_replica_a_sample() -> None:
     choose = fastest_placement(load_hardware("h100"))
     found = changed(wan(), ScaleRequest(20, 512), choose=choose)
     assert found["mesh"]["dp"] <= 16 and math.prod(found["mesh"].values()) == 512
+    kept = {c.key: c for c in changes_for(wan(), ScaleRequest(20, 256), choose=choose)}["execution.recompute"]
+    assert kept.after == "none" and kept.reason.endswith("leave room to keep more for the backward")
     with pytest.raises(ValueError, match=r"no mesh of 100,000 GPUs .* data.global_batch=64 .* take fewer --gpus"):
         changed(wan(), ScaleRequest(20, 100_000), choose=choose)
 
