@@ -63,9 +63,9 @@ def _rows(url: str, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows with their numbers from 1, without keys that hold nothing."""
     if url.endswith(".parquet"):
         try:
-            batches = pq.ParquetFile(pa.BufferReader(data)).iter_batches()
+            file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
             number = 0
-            for batch in batches:
+            for batch in file.iter_batches(use_threads=False):  # data/index.py says why
                 for row in batch.to_pylist():
                     number += 1
                     yield number, _without_nulls(row)

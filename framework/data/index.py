@@ -109,7 +109,8 @@ def index_to_parquet(index: SampleIndex) -> bytes:
 def index_from_parquet(data: bytes, name: str) -> SampleIndex:
     """The index in a file. Raises ValueError with its name where it is none."""
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        # Without Arrow's threads: a process that ends while they start (a verb that only looks) is aborted.
+        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
         uids = [np.array(chunk.to_pylist(), dtype=object) for chunk in table["uid"].chunks]
         numbers = {key: table[key].to_numpy() for key in table.column_names if key != "uid"}
         return SampleIndex(
