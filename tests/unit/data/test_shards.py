@@ -118,21 +118,13 @@ def test_plain_streaming_reads_it(tmp_path: Path) -> None:
     assert len(rows) == 5
 
 
-def test_opening_imports_neither_torch_nor_streaming(tmp_path: Path) -> None:
-    write(tmp_path / "d", range(3))
-    code = (
-        "import sys; from framework.data.shards import open_shards; assert len(open_shards(sys.argv[1]).index) == 3;"
-        "assert not {'torch', 'streaming', 'av'} & sys.modules.keys()"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "d")], check=True, timeout=60)
-
-
-def test_opening_starts_no_thread(tmp_path: Path) -> None:
-    """Arrow's, still starting when a short command ends, abort it: 9 of 150 times on a busy machine."""
+def test_opening_imports_neither_torch_nor_streaming_and_starts_no_thread(tmp_path: Path) -> None:
+    """Arrow's threads, still starting when a short command ends, abort it: 9 of 150 times on a busy machine."""
     write(tmp_path / "d", range(3))
     code = (
         "import os, sys; from framework.data.shards import open_shards; before = os.listdir('/proc/self/task');"
-        "assert len(open_shards(sys.argv[1]).index) == 3; assert os.listdir('/proc/self/task') == before"
+        "assert len(open_shards(sys.argv[1]).index) == 3; assert os.listdir('/proc/self/task') == before;"
+        "assert not {'torch', 'streaming', 'av'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "d")], check=True, timeout=60)
 
