@@ -17,7 +17,7 @@ from framework.plan.peak import StepPeak, most_activations, step_peak
 from framework.plan.sent import Weights, weights_of
 from framework.recipe import Recipe
 
-# The formula came to within 3 % of what a GPU had allocated at best, and what the allocator reserves is assumed.
+# The formula is within 10 % of what is counted on CPUs, mostly closer; what a GPU's allocator reserves is assumed.
 TIGHT: Final = 0.95
 OWN: Final = ("ema", "encoders", "communicators", "context", "headroom")  # of Memory, beside the step's
 

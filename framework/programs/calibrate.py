@@ -39,7 +39,7 @@ from framework.plan.time import step_time
 from framework.plan.traffic import MicroShape
 from framework.plan.work import micro_kernels
 from framework.programs import build
-from framework.programs.link_rates import LinkTimes, calls_of, link_times, measure_overlap, measure_skew
+from framework.programs.link_rates import LinkTimes, collectives, link_times, measure_overlap, measure_skew
 from framework.programs.rates import Rates, measure_rates, wait
 from framework.recipe import Recipe, build_recipe, resolve_auto
 from framework.shapes import latent_shape
@@ -65,7 +65,7 @@ def calibrate(env: Environment, out: Path) -> None:
     kernel = resolve_auto(recipe).attention.kernel
     rates = measure_rates(device, kernel) if env.rank < busy else None
     barrier(mesh.control)
-    measured = {kind: link_times(kind, mesh, turns, device) for kind in calls_of(mesh.world)}
+    measured = {kind: link_times(kind, mesh, turns, device) for kind in collectives()}
     shares = {"overlap": measure_overlap(mesh, device), **measure_skew(mesh, turns, device)}
     spent = [real_step(recipe, mesh, env, num_micro) for num_micro in MICROS]
     if env.is_first:

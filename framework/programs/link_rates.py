@@ -44,7 +44,7 @@ class LinkTimes:
     bandwidth: float
 
 
-def calls_of(group: Group) -> dict[Kind, Callable[[Tensor, Group], object]]:
+def collectives() -> dict[Kind, Callable[[Tensor, Group], object]]:
     """Collectives on a flat tensor of the rank's own, by kind."""
 
     def exchange(flat: Tensor, group: Group) -> object:
@@ -69,7 +69,7 @@ def sent_of(kind: Kind, num_bytes: int, size: int) -> float:
 
 def link_times(kind: Kind, mesh: Mesh, turns: float, device: torch.device) -> LinkTimes:
     """Of a kind of collective, in pairs of ranks alone on the machine, and among all ranks. A collective."""
-    call = calls_of(mesh.world)[kind]
+    call = collectives()[kind]
     scale = 64 if device.type == "cuda" else 1
     found: dict[tuple[int, int], float] = {}
     for group, alone in ((mesh.ulysses, True), (mesh.world, False)):
@@ -120,7 +120,7 @@ def stretch_seconds(
     call: Callable[[], object], group: Group, device: torch.device, stretch: int
 ) -> tuple[float, float]:
     """Of this rank: (of a collective and the products before it, of the products)."""
-    side = 4096 if device.type == "cuda" else 128
+    side = 1024 if device.type == "cuda" else 128  # some 50 us
     a = torch.randn(side, side, device=device)
 
     def products() -> None:
@@ -149,7 +149,7 @@ def measure_skew(mesh: Mesh, turns: float, device: torch.device) -> dict[str, fl
     flat = torch.ones(SMALL // 4, device=device)
     found, stretches = [], []
     for kind in DRIFTING:
-        call = calls_of(mesh.world)[kind]
+        call = collectives()[kind]
         for group, mine in ((mesh.ulysses, mesh.rank in (0, 1)), (mesh.world, True)):
             member = group if mine else None
             few, _ = slowest(lambda c=call, g=group: c(flat, g), member, mesh, device)  # type: ignore[misc]
